@@ -1,0 +1,143 @@
+"""One step of a recipe meets a model: targets, statistics, plan, act."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from smelt.core.edit import Note, find
+from smelt.core.encoded import Encoded
+from smelt.core.errors import DataError, RuleError
+from smelt.core.method import Codec, Lossless, Rewrite, State, Stats, Values
+from smelt.core.recipe import Step
+from smelt.core.statistic import gather
+from smelt.core.store import Activation, apply_edits, eat, pack, rest_bytes, store, store_of
+from smelt.core.target import Target, select, targets
+
+# Batches of the training data that statistics are gathered from.
+CALIBRATION_BATCHES = 16
+
+
+def chosen(model: nn.Module, step: Step, label: str) -> tuple[list[Target], list[str]]:
+    """The targets of a step, and a note for each that its method refuses.
+
+    Raises:
+        RecipeError: a selector that matches nothing.
+        RuleError: every target was refused.
+    """
+    act = step.act
+    lossless = isinstance(act, Codec) and act.lossless
+    everything = targets(model)
+    hits = select(everything, step.on or "*", all_kinds=lossless)
+    if lossless:
+        return hits, []
+    kept, notes = [], []
+    for target in hits:
+        reason = act.refuses(target) if isinstance(act, (Codec, Rewrite)) else None
+        if not target.parameter:
+            reason = "it is a buffer; lossy codecs store parameters"
+        if reason:
+            notes.append(f"{label} leaves {target} alone: {reason}")
+        else:
+            kept.append(target)
+    if not kept:
+        raise RuleError(f"{label} finds nothing to act on; {notes[0] if notes else 'the model has no weights'}")
+    return kept, notes
+
+
+def apply_step(
+    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int, tail: Sequence[Lossless]
+) -> list[str]:
+    """Run one step that is not `train`; returns notes for the report."""
+    act = step.act
+    if isinstance(act, Rewrite):
+        return apply_rewrite(model, step, label, batches=batches)
+    if isinstance(act, Lossless):
+        held = store_of(model)
+        for target in chosen(model, step, label)[0]:
+            held.tails[target.name] = (*held.tails.get(target.name, ()), act)
+        return []
+    assert isinstance(act, Codec)
+    if step.at != "weight":
+        return apply_activations(model, step, label, batches=batches, seed=seed)
+    return _apply_codec(model, step, label, batches=batches, seed=seed, tail=tail)
+
+
+@torch.no_grad()
+def _apply_codec(
+    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int, tail: Sequence[Lossless]
+) -> list[str]:
+    codec = step.act
+    assert isinstance(codec, Codec)
+    members, notes = chosen(model, step, label)
+    seen = {}
+    for target in members:
+        _, _, x, where = eat(codec, target, model, label)
+        seen[target.name] = Values(x, where)
+    wanted = {t.places[0][0]: [("input", s) for s in codec.needs_at("weight")] for t in members}
+    gathered = _gathered(model, wanted, batches, label)
+    plan = codec.plan(seen, {}, lambda e: rest_bytes(pack(e, tail)))
+    for target in members:
+        by_name = {name: value for (_, name), value in gathered.get(target.places[0][0], {}).items()}
+        stats = Stats(seen[target.name].where, by_name, seed ^ zlib.crc32(target.name.encode()))
+        own = plan[target.name]
+        encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
+    return notes
+
+
+def encode_chain(model: nn.Module, target: Target, codec: Codec, state: State, label: str) -> None:
+    """Store a target by a fitted codec, on top of what it is stored as already."""
+    tree, path, x, _ = eat(codec, target, model, label)
+    new: Encoded = codec.encode(x, state)
+    store(model, target, tree.map(lambda p, leaf: new if p == path else leaf) if tree else new, label)
+
+
+def apply_rewrite(model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None) -> list[str]:
+    act = step.act
+    assert isinstance(act, Rewrite)
+    members, notes = chosen(model, step, label)
+    wanted = {t.places[0][0]: [("input", s) for s in act.needs] for t in members}
+    stats = _gathered(model, wanted, batches, label)
+    edits = act.plan(model, members, stats)
+    notes += [f"{label} leaves {e.tensor} as it is: {e.reason}" for e in edits if isinstance(e, Note)]
+    if all(isinstance(e, Note) for e in edits):
+        notes.append(f"{label} found nothing to change")
+    apply_edits(model, edits, label)
+    return notes
+
+
+@torch.no_grad()
+def apply_activations(
+    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int
+) -> list[str]:
+    """Put a codec at the inputs or outputs of the modules whose weights are selected."""
+    codec = step.act
+    assert isinstance(codec, Codec)
+    members, notes = chosen(model, step, label)
+    paths = list(dict.fromkeys(t.places[0][0] for t in members))
+    wanted = {path: [(step.at, s) for s in codec.needs_at(step.at)] for path in paths}
+    gathered = _gathered(model, wanted, batches, label)
+    held = store_of(model)
+    for path in paths:
+        weight = find(model, next(t.name for t in members if t.places[0][0] == path)).tensor
+        by_name = {name: value for (_, name), value in gathered.get(path, {}).items()}
+        state = codec.fit(weight.new_zeros(0), Stats(None, by_name, seed)) if codec.needs_at(step.at) else State()
+        activation = Activation(path, step.at, codec, state)
+        activation.install(model)
+        held.activations.append(activation)
+    notes.append(f"{label} at {step.at}: simulated; no integer kernel runs it")
+    return notes
+
+
+def _gathered(
+    model: nn.Module, wanted: Mapping[str, Sequence[tuple[str, str]]], batches: Iterable[Any] | None, label: str
+) -> dict[str, dict[tuple[str, str], Any]]:
+    if not any(wanted.values()):
+        return {}
+    if batches is None:
+        raise DataError(f"{label} needs data to gather statistics from; give the job data")
+    return gather(model, wanted, batches, CALIBRATION_BATCHES)

@@ -1,0 +1,58 @@
+"""Every error smelt raises on purpose.
+
+    SmeltError                 exit code 1
+    ├── RecipeError            2   a recipe, a step or a setting is wrong
+    │   └── RuleError          2   steps that cannot follow each other, or a codec that finds nothing to store
+    ├── ModelError             3   the model, its builder or its weights
+    ├── DataError              4   the data, the metric
+    ├── FileError              5   a file that is damaged, foreign or of an unknown version
+    └── OutputError            6   the output exists, no space, not writable
+
+The exit codes are those of the command line; 130 is an interruption (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SmeltError(Exception):
+    exit_code = 1
+
+
+class RecipeError(SmeltError, ValueError):
+    exit_code = 2
+
+
+class RuleError(RecipeError):
+    pass
+
+
+class ModelError(SmeltError, ValueError):
+    exit_code = 3
+
+
+class DataError(SmeltError, ValueError):
+    exit_code = 4
+
+
+class FileError(SmeltError, ValueError):
+    exit_code = 5
+
+
+class OutputError(SmeltError, OSError):
+    exit_code = 6
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """What to append to an error about an unknown word: the nearest choice, else all of them.
+
+    >>> nearest("ration", ["ratio", "score"])
+    "; did you mean 'ratio'?"
+    """
+    choices = sorted(choices)
+    close = get_close_matches(str(word), choices, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(choices)}" if choices else ""

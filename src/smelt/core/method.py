@@ -1,0 +1,238 @@
+"""The three kinds of act.  A method is one file in `methods/`, named by its path.
+
+    Codec      stores a tensor in another form
+    Rewrite    changes the model's structure, as a list of edits
+    Objective  adds a term to the training loss
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smelt.core import shelf
+from smelt.core.encoded import Encoded
+from smelt.core.errors import RecipeError
+from smelt.core.settings import build, check
+
+if TYPE_CHECKING:
+    from smelt.core.edit import Edit
+    from smelt.core.target import Target
+
+CARD_LINES = (
+    "applies to",
+    "needs a pretrained model",
+    "needs data",
+    "needs training",
+    "good at",
+    "bad at",
+    "source",
+)
+
+
+class State(nn.Module):
+    """What a method learnt or remembers about one tensor: scales, masks, codebooks, a projector.
+
+    >>> s = State(scale=torch.ones(3), learn=("scale",))
+    """
+
+    def __init__(self, *, learn: Sequence[str] = (), **tensors: Tensor | None):
+        super().__init__()
+        for name, tensor in tensors.items():
+            if name in learn and tensor is not None:
+                self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+            else:
+                self.register_buffer(name, tensor)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A tensor as a codec sees it.
+
+    x: the values, in the layout of the original tensor.
+    where: bool mask in the same layout of the elements that count (earlier pruning), or None for all.
+    """
+
+    x: Tensor
+    where: Tensor | None = None
+
+    def kept(self) -> Tensor:
+        """The elements that count, flat."""
+        return self.x.reshape(-1) if self.where is None else self.x[self.where]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What `fit` may know besides the tensor.
+
+    where: as in `Values`.
+    gathered: one entry per statistic that the codec asked for (`needs_at`), by name.
+    seed: for whatever is drawn at random; differs between tensors, repeats between runs.
+    """
+
+    where: Tensor | None = None
+    gathered: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+class Method(ABC):
+    """Base of the three acts: a frozen dataclass whose fields are the settings, each with a default.
+
+    The class docstring ends with the fixed lines of `CARD_LINES` ("applies to: ...", one line each).
+    """
+
+    @property
+    def name(self) -> str:
+        """'share.kmeans' for smelt/methods/share/kmeans.py; the module's own name elsewhere."""
+        return _name_of(type(self))
+
+    def __post_init__(self) -> None:
+        check(self, self.name)
+
+    @classmethod
+    def card(cls) -> dict[str, str]:
+        """{'does': first line of the docstring, 'applies to': ..., ...} for `smelt methods`."""
+        lines = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()]
+        found = {"does": lines[0] if lines else ""}
+        for key in CARD_LINES:
+            found[key] = next((line[len(key) + 1 :].strip() for line in lines if line.startswith(key + ":")), "")
+        return found
+
+
+def _name_of(cls: type) -> str:
+    path = cls.__module__
+    if path.startswith("smelt.methods."):
+        return path[len("smelt.methods.") :]
+    known = {v: k for k, v in shelf._modules("methods").items()}
+    return known.get(path, path)
+
+
+class Codec(Method):
+    """Stores a tensor in another form.  Write `fit` and `encode`; the rest has defaults.
+
+    `lossless`: codes leaves without loss, at rest in the file only (see `pack`).
+    `settles`: inside `train`, the state is frozen for the last part of the loop (a mask must stop
+        moving); otherwise it is fitted anew every epoch until the end.
+    `places`: which of 'weight', 'input', 'output' the codec serves.
+    """
+
+    lossless: ClassVar[bool] = False
+    settles: ClassVar[bool] = False
+    places: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def refuses(self, target: Target) -> str | None:
+        """Why this target cannot be stored so, or None.  Refused targets are named in the report."""
+        return None
+
+    def needs_at(self, place: str) -> tuple[str, ...]:
+        """Names on the shelf `statistics/` that `fit` reads from `stats.gathered` when it acts at `place`.
+
+        For a weight they are gathered at the input of its module.
+        """
+        return ()
+
+    def plan(
+        self, tensors: Mapping[str, Values], scout: Mapping[str, Any], cost: Callable[[Encoded], int]
+    ) -> dict[str, Codec]:
+        """Which codec for which tensor; global thresholds and budgets are decided here.
+
+        Args:
+            tensors: name -> what the codec would eat.
+            scout: statistics of the untouched model.
+            cost: bytes in the file of a candidate, with the recipe's lossless tail applied.
+        """
+        return dict.fromkeys(tensors, self)
+
+    @abstractmethod
+    def fit(self, x: Tensor, stats: Stats) -> State:
+        """Scale, codebook, mask: everything that must be known to encode `x`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, state: State) -> Encoded:
+        """`x` in the new form.  Leaves are new tensors; `x` is not changed."""
+
+    def simulate(self, x: Tensor, state: State) -> Tensor:
+        """`x` after a round trip, differentiable: by default straight-through (gradient of x)."""
+        return x + (self.encode(x.detach(), state).decode().to(x.dtype) - x.detach())
+
+
+class Lossless(Codec):
+    """A codec for one leaf at rest: `encode` must be undone exactly by the form's `decode`.
+
+    It declines (is not used for a leaf) where it would not shrink it; of several, the smallest wins.
+    """
+
+    lossless = True
+
+    def fit(self, x: Tensor, stats: Stats) -> State:
+        return State()
+
+
+class Rewrite(Method):
+    """Changes the model's structure.  The core applies and records the edits."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def refuses(self, target: Target) -> str | None:
+        """Why this target cannot be changed so, or None.  What only the whole model tells, `plan` says in a `Note`."""
+        return None
+
+    @abstractmethod
+    def plan(self, model: nn.Module, targets: Sequence[Target], stats: Mapping[str, Any]) -> list[Edit]:
+        """The edits, as plain data.
+
+        Args:
+            model: to look at; it must not be changed here.
+            targets: the tensors selected by the step (its `on`).
+            stats: gathered statistics, by name, for those in `needs`.
+        """
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one training step has seen; handed to every objective.
+
+    outputs, teacher: outputs of the model and of the teacher (None without one), after `logits_of`.
+    labels: the batch's labels, or None.
+    hard: the task's loss on the labels (a scalar), or None when there are none.
+    """
+
+    inputs: Any
+    outputs: Tensor
+    labels: Any = None
+    teacher: Tensor | None = None
+    hard: Tensor | None = None
+
+
+class Objective(Method):
+    """Adds a term to the training loss."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def hard_weight(self) -> float:
+        """Factor of the task's own loss while this objective acts (distillation: alpha)."""
+        return 1.0
+
+    @abstractmethod
+    def loss(self, seen: Seen) -> Tensor:
+        """The term, a scalar."""
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None, where: str = "") -> Any:
+    """A method by its name and plain settings: make('share.kmeans', {'clusters': 16}).
+
+    Raises:
+        RecipeError: unknown name or setting (with the nearest one), wrong type, out of range.
+    """
+    cls = shelf.load("methods", name, Method)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise RecipeError(f"{where or name}: settings are a mapping such as {{ratio: 0.5}}, not {settings!r}")
+    try:
+        return build(cls, settings or {}, name)
+    except RecipeError as error:
+        raise type(error)(f"{where}: {error}" if where else str(error)) from None

@@ -1,0 +1,324 @@
+"""`.smelt`: the trees of a compressed model, its edits, and how to build it, in one small file.
+
+    save(model, "net.smelt")
+    model = load("net.smelt")
+    with open_file("net.smelt") as file:
+        file.encoded("fc1.weight")
+
+No code is in a file and none of it is run: a module comes from a builder on the shelf `models/`, from the caller
+(`into`), or, only with `trust=True`, from a function that the file names.  docs/format.md has every byte.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smelt.core import shelf
+from smelt.core.data import check_arguments, function_at
+from smelt.core.edit import Edit, put
+from smelt.core.encoded import Encoded
+from smelt.core.errors import FileError, ModelError
+from smelt.core.method import Lossless, State, make
+from smelt.core.source import Source
+from smelt.core.store import Entry, Store, check_fresh, pack, store_of
+from smelt.core.target import Target, targets
+from smelt.formats._container import check_output, write
+from smelt.formats._file import File
+from smelt.formats._meta import Writer, brief
+
+DEFAULT_TAIL = ("code.bits",)
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    recipe: Any = None,
+    report: Any = None,
+    tail: Sequence[Lossless] | None = None,
+    force: bool = False,
+) -> int:
+    """Write a model, complete or not at all; returns the bytes of the file.
+
+    Args:
+        recipe, report: plain data to keep in the file.
+        tail: lossless codecs for every leaf, () for none; by default those the model's store names for a tensor,
+            else `code.bits`.
+        force: replace an existing file.
+
+    Raises:
+        OutputError: the file exists, no space, not writable.
+        ModelError: a stored tensor was changed behind the store, or something that no file can hold.
+    """
+    check_fresh(model)
+    path = Path(path)
+    check_output(path, force)
+    held = store_of(model)
+    packer = _Packer(held, tail)
+    writer = Writer()
+    pieces = [x for t in targets(model) for x in (t.name, writer.part(packer.pack(t)))]
+    source = held.source or Source()
+    meta = {
+        "builder": source.builder,
+        "arguments": dict(source.arguments),
+        "edits": [edit.to_plain() for edit in held.edits],
+        "tensors": pieces,
+        "activations": [writer.activation(one) for one in held.activations],
+        "recipe": recipe,
+        "report": report,
+    }
+    return write(path, {k: v for k, v in meta.items() if v not in (None, [], {})}, writer.leaves, force=force)
+
+
+class _Packer:
+    """Packs tensors so that leaves shared between them stay shared."""
+
+    def __init__(self, held: Store, tail: Sequence[Lossless] | None):
+        self.held = held
+        self.tail = tail
+        self.home: dict[int, tuple[Tensor, Tensor]] = {}
+        self.coders: dict[str, _Once] = {}
+        self.trees = {n: e.encoded.map(lambda _, leaf: self._at_home(leaf)) for n, e in held.entries.items()}
+        seen = Counter(id(leaf) for tree in self.trees.values() for _, leaf in tree.leaves())
+        self.shared = {i for i, count in seen.items() if count > 1}
+
+    def pack(self, target: Target) -> Tensor | Encoded:
+        tail = self.tail if self.tail is not None else self.held.tails.get(target.name)
+        if tail is None:
+            tail = [make(name) for name in DEFAULT_TAIL]
+        once = [self.coders.setdefault(repr(c), _Once(c, self.shared)) for c in tail]
+        part = self.trees.get(target.name)
+        return pack(target.tensor.detach().cpu() if part is None else part, once)  # type: ignore[arg-type]
+
+    def _at_home(self, leaf: Tensor) -> Tensor:
+        return self.home.setdefault(id(leaf), (leaf, leaf.detach().cpu()))[1]
+
+
+class _Once:
+    """A lossless codec that codes a shared leaf once."""
+
+    def __init__(self, codec: Lossless, shared: set[int]):
+        self.codec = codec
+        self.shared = shared
+        self.done: dict[int, Encoded] = {}
+
+    def encode(self, x: Tensor, state: State) -> Encoded:
+        if id(x) not in self.shared:
+            return self.codec.encode(x, state)
+        if id(x) not in self.done:
+            self.done[id(x)] = self.codec.encode(x, state)
+        return self.done[id(x)]
+
+
+def open_file(path: str | Path) -> File:
+    """The file, its meta read and judged, its leaves left on the disk.
+
+    Raises:
+        FileError: no file, a foreign, damaged or newer one.
+    """
+    return File(path)
+
+
+def load(path: str | Path, into: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+    """The model of a file, in eval mode, with its store.
+
+    Without `into`, tensors get the floating dtype they have in the file.  All names, shapes and dtypes are
+    compared before anything is decoded.
+
+    Args:
+        into: the module as it was before it was compressed, freshly built; it is edited and filled in place.
+        trust: let the file name any function of an importable module as its builder.  That runs code!
+
+    Raises:
+        FileError: a damaged, foreign or newer file, one that does not fit the model, or a builder that is not ours.
+        ModelError: `into` is compressed already.
+    """
+    with File(path, own=True) as file, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        loader = _Loader(file)
+        model = loader.given(into) if into is not None else loader.built(trust)
+        _fill(file, model, loader.edits)
+    return model.eval()
+
+
+class _Loader:
+    """Makes a module that fits the file: built, edited, compared, still without the file's tensors."""
+
+    def __init__(self, file: File):
+        self.file = file
+        self.edits: list[Edit] = []
+
+    def given(self, model: nn.Module) -> nn.Module:
+        if vars(model).get("_smelt", Store()) != Store():
+            raise ModelError("the module given as into= is compressed already; pass it freshly built")
+        if (ghost := _ghost(model)) is not None:
+            with torch.device("meta"):
+                self.edit(ghost)
+            self.compare(ghost, strict=True)
+        self.edit(model)
+        self.compare(model, strict=True)
+        if _strays(model):
+            raise ModelError("the module given as into= has tensors on the meta device that no file holds")
+        return model
+
+    def built(self, trust: bool) -> nn.Module:
+        name = self.file.builder
+        if name is None:
+            raise self.file.error("it names no builder; pass into=<the module before it was compressed>")
+        if name in shelf.names("models"):
+            with self.file.blame(f"builder {name!r}"):
+                build = shelf.module("models", name).build
+        elif trust:
+            with self.file.blame(f"builder {name!r}"):
+                return self.compare(self.edit(self.call(function_at(name, FileError))))
+        else:
+            raise self.file.error(
+                f"it is built by {brief(name)}, which is not part of smelt; "
+                "pass into=<the module before it was compressed>, or trust=True to run that code"
+            )
+        with torch.device("meta"):
+            model = self.compare(self.edit(self.call(build)))
+        strays = _strays(model)
+        if sum(stray.numel() for stray in strays) > self.file.most:
+            raise self.file.error(f"builder {name!r} makes implausibly large buffers of {self.file.arguments}")
+        return self.compare(self.edit(self.call(build))) if strays else model
+
+    def call(self, build: Callable[..., Any]) -> nn.Module:
+        name, arguments = self.file.builder, self.file.arguments
+        with self.file.blame(f"builder {name!r}"):
+            check_arguments(build, arguments, str(name), FileError)
+            model = build(**arguments)
+            if not isinstance(model, nn.Module):
+                raise FileError(f"it returns a {type(model).__name__}, no module")
+        return model
+
+    def edit(self, model: nn.Module) -> nn.Module:
+        """Replay the edits; a file cannot name more positions to keep than 64 cuts of every dimension would."""
+        with self.file.blame("its edits do not fit the model"):
+            most = 64 * sum(sum(t.tensor.shape) for t in targets(model))
+            self.edits = self.edits or self.file.read_edits(most)
+            for edit in self.edits:
+                edit.apply(model)
+            for one in self.file.activations:
+                model.get_submodule(one.path)
+        return model
+
+    def compare(self, model: nn.Module, *, strict: bool = False) -> nn.Module:
+        """Raise FileError unless the tensors of model and file have the same names and shapes, and like dtypes."""
+        own = {t.name: t.tensor for t in targets(model)}
+        names = dict.fromkeys(self.file.names())
+        kinds = {"lacks": [n for n in own if n not in names], "alone has": [n for n in names if n not in own]}
+        if found := [f"it {verb} {_brief(some)}" for verb, some in kinds.items() if some]:
+            raise self.file.error(f"it does not fit the model: {' and '.join(found)}")
+        for name, tensor in own.items():
+            shape, dtype = self.file.shape(name), self.file.dtype(name)
+            like = not strict and dtype.is_floating_point and tensor.is_floating_point()
+            if shape != tensor.shape or not (dtype == tensor.dtype or like):
+                raise self.file.error(
+                    f"it does not fit the model: {name} is {list(shape)} {dtype} in the file "
+                    f"and {list(tensor.shape)} {tensor.dtype} in the model"
+                )
+        return model
+
+
+def _brief(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor(s) ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _fill(file: File, model: nn.Module, edits: Sequence[Edit]) -> None:
+    held = store_of(model)
+    device = torch.device("cpu")
+    for target in targets(model):
+        tree = file.encoded(target.name)
+        dense = file.dense(target.name, tree)
+        if isinstance(tree, Encoded):
+            held.entries[target.name] = Entry(tree, (file.path.name,))
+        if target.tensor.is_meta or target.tensor.dtype != dense.dtype:
+            put(model, target, dense.clone(memory_format=torch.contiguous_format).to(_real(target.tensor.device)))
+        else:
+            target.tensor.copy_(dense)
+            device = target.tensor.device
+    held.edits = list(edits)
+    held.source = Source(builder=file.builder, arguments=file.arguments)
+    for one in file.activations:
+        with file.blame(f"activation of {one.path!r}"):
+            activation = one.awake(file.leaf)
+            activation.state.to(device)
+            activation.install(model)
+        held.activations.append(activation)
+
+
+def _real(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _ghost(model: nn.Module) -> nn.Module | None:
+    """The same module on the meta device, or None where it cannot be copied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # a module may hold anything
+        return None
+
+
+def _strays(model: nn.Module) -> list[Tensor]:
+    """Tensors on the meta device that no file holds: buffers that are not persistent, plain attributes."""
+    held = {id(t.tensor) for t in targets(model)}
+    found = {id(t): t for module in model.modules() for t in _tensors(vars(module).values()) if t.is_meta}
+    return [tensor for i, tensor in found.items() if i not in held]
+
+
+def _tensors(things: Iterable[Any]) -> Iterator[Tensor]:
+    for thing in things:
+        if isinstance(thing, Tensor):
+            yield thing
+        elif isinstance(thing, (dict, list, tuple)):
+            yield from _tensors(thing.values() if isinstance(thing, dict) else thing)
+
+
+def show(path: str | Path) -> dict[str, Any]:
+    """What is in a file, as plain data.  Leaves that are coded without loss are decoded for it.
+
+    Raises:
+        FileError: see `open_file`.
+    """
+    with File(path) as file:
+        tensors = []
+        for name in file.names():
+            awake, resting = file.encoded(name), file.resting(name)
+            count, size = file.numel(name), file.rest_bytes(name)
+            tensors.append(
+                {
+                    "name": name,
+                    "shape": list(file.shape(name)),
+                    "dtype": str(file.dtype(name)).removeprefix("torch."),
+                    "tree": str(awake) if isinstance(awake, Encoded) else "dense",
+                    "rest": str(resting) if isinstance(resting, Encoded) else "dense",
+                    "bytes": size,
+                    "bits": 8 * size / count if count else 0.0,
+                }
+            )
+        return {
+            "file": str(file.path),
+            "version": file.version,
+            "bytes": file.nbytes,
+            "leaf bytes": file.leaf_bytes,
+            "meta bytes": file.nbytes - file.leaf_bytes,
+            "builder": file.builder,
+            "arguments": file.arguments,
+            "edits": [edit.to_plain() for edit in file.edits],
+            "activations": [[one.path, one.at, one.codec] for one in file.activations],
+            "tensors": tensors,
+            "recipe": file.recipe,
+            "report": file.report,
+        }

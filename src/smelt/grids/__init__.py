@@ -1,0 +1,1 @@
+"""Which values a tensor may take: fitting centers, rounding to them."""

@@ -1,0 +1,1 @@
+"""Coding: leaves at rest in fewer bytes, without loss."""

@@ -1,0 +1,1 @@
+"""Objectives that let a student follow a teacher."""

@@ -1,0 +1,1 @@
+"""Layers as chains of thinner layers."""

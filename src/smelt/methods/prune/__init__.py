@@ -1,0 +1,1 @@
+"""Taking out what matters least."""

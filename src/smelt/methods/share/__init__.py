@@ -1,0 +1,1 @@
+"""Sharing: many elements take few values."""
