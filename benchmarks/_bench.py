@@ -71,7 +71,9 @@ def run_cells(
         for path in paths:
             path.unlink(missing_ok=True)
     todo = [i for i, path in enumerate(paths) if not path.exists()]
-    print(f"{name}: {len(cells)} cells, {len(cells) - len(todo)} kept; about {_minutes(len(todo) * seconds / max(1, jobs))} to go")
+    print(
+        f"{name}: {len(cells)} cells, {len(cells) - len(todo)} kept; about {_minutes(len(todo) * seconds / max(1, jobs))} to go"
+    )
     start = time.time()
     if todo:
         context = multiprocessing.get_context("spawn")

@@ -101,7 +101,9 @@ def train_teacher(folder: str, seed: int, epochs: int, images: int | None) -> fl
     save_file(model.state_dict(), teacher_path(seed, epochs, images))
     model.eval()
     with torch.no_grad():
-        wrong = sum(int((model(a).argmax(1) != b).sum()) for a, b in zip(x[held].split(1000), y[held].split(1000), strict=True))
+        wrong = sum(
+            int((model(a).argmax(1) != b).sum()) for a, b in zip(x[held].split(1000), y[held].split(1000), strict=True)
+        )
     return 100 * wrong / len(held)
 
 

@@ -51,7 +51,10 @@ def imports(path: Path) -> set[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "smelt":
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in modules() else str(node.module) for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in modules() else str(node.module)
+                for a in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.split(".")[0] == "smelt"}
     return found
@@ -118,7 +121,9 @@ def test_importing_is_light() -> None:
 
 def test_exports_say_where_they_come_from() -> None:
     source = (ROOT / "__init__.py").read_text()
-    listed = {n.asname or n.name for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) for n in node.names}
+    listed = {
+        n.asname or n.name for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) for n in node.names
+    }
     assert listed and all(hasattr(smelt, name) for name in listed)
 
 

@@ -11,6 +11,7 @@ from smelt.compress import Result as Result
 from smelt.compress import compress as compress
 from smelt.core.data import Batches as Batches
 from smelt.core.data import Data as Data
+from smelt.core.data import Guided as Guided
 from smelt.core.edit import Edit as Edit
 from smelt.core.encoded import Encoded as Encoded
 from smelt.core.encoded import Form as Form

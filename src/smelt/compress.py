@@ -14,9 +14,8 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -63,9 +62,7 @@ class Result:
         Raises:
             OutputError: the path exists (and not `force`), or cannot be written; nothing is left half-written.
         """
-        return smelt_file.save(
-            self.model, path, recipe=self.recipe.to_plain(), report=self.report.short(), force=force
-        )
+        return smelt_file.save(self.model, path, recipe=self.recipe.to_plain(), report=self.report.short(), force=force)
 
 
 def compress(
@@ -242,7 +239,13 @@ class _Run:
         if not hasattr(self, "_base"):
             guide = Source.of(teacher).fingerprint() if isinstance(teacher, nn.Module) else ""
             loss = getattr(self.job.loss, "__qualname__", "")
-            parts = [self.source.fingerprint(), data.fingerprint if data else "", guide, loss, metric_name(self.job.metric)]
+            parts = [
+                self.source.fingerprint(),
+                data.fingerprint if data else "",
+                guide,
+                loss,
+                metric_name(self.job.metric),
+            ]
             parts += [str(self.job.seed), self.job.device, str(self.job.latency), __version__, torch.__version__]
             self._base = "\n".join(str(p) for p in parts)
         return hashlib.sha256(f"{self._base}\n{self.recipe.prefix_hash(index)}".encode()).hexdigest()[:32]
@@ -278,7 +281,7 @@ def _layers(shown: Mapping[str, Any], model: nn.Module) -> list[dict[str, Any]]:
         tensor = by_name[entry["name"]]
         dense = tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         zeros = float((tensor == 0).float().mean()) if tensor.numel() else 0.0
-        rows.append({**entry, "dense_bytes": dense, "zeros": zeros})
+        rows.append({**entry, "stored": entry["tree"], "dense_bytes": dense, "zeros": zeros})
     return rows
 
 
@@ -286,7 +289,9 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied ({error}); give smelt.Source(builder=...) instead") from None
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({error}); give smelt.Source(builder=...) instead"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

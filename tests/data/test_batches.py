@@ -2,20 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from smelt.core.data import (
-    Batches,
-    Data,
-    batch,
-    check,
-    evaluating,
-    fingerprint,
-    forward,
-    function_at,
-    logits_of,
-    parse_call,
-    samples,
-)
+from smelt.core.data import Batches, Data, batch, check, evaluating, fingerprint, forward, logits_of, samples
 from smelt.core.errors import DataError, ModelError
+from smelt.core.named import function_at, parse_call
 
 
 def numbers(n: int = 10, **settings) -> Batches:
@@ -186,7 +175,16 @@ def test_parse_call():
     assert parse_call("lenet", DataError) == ("lenet", {})
     assert parse_call("a:b(x=1, y=[2, 'c'], z=None)", DataError) == ("a:b", {"x": 1, "y": [2, "c"], "z": None})
     assert parse_call("lenet()", DataError) == ("lenet", {})
-    for bad in ("f(1)", "f(x=g())", "f(x=1)(y=2)", "f(**{'a': 1})", "f(x=)", "f(x=1, x=2)", "f(x=1); g()"):
+    for bad in (
+        "f(1)",
+        "f(x=g())",
+        "f(x=1)(y=2)",
+        "f(**{'a': 1})",
+        "f(x=)",
+        "f(x=1, x=2)",
+        "f(x=1); g()",
+        "f(x={[]: 1})",
+    ):
         with pytest.raises(DataError, match="cannot read"):
             parse_call(bad, DataError)
 
@@ -207,3 +205,14 @@ def test_function_at(tmp_path, monkeypatch):
     ]:
         with pytest.raises(DataError, match=said):
             function_at(spec, DataError)
+
+
+def test_a_transform_that_hides_its_content_has_a_fingerprint_of_its_own():
+    class Hidden:
+        def __call__(self, x, generator):
+            return x
+
+    hidden = Hidden()
+    assert numbers(transform=hidden).fingerprint() != numbers(transform=hidden).fingerprint()
+    one = numbers(transform=hidden)
+    assert one.fingerprint() == one.fingerprint()

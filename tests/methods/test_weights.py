@@ -53,9 +53,7 @@ def test_rows_that_do_not_divide_are_left_alone_and_named() -> None:
 def test_random_repeats_by_seed_and_differs_between_tensors() -> None:
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     method = Weights(score="random")
-    masks = [
-        [m.weight != 0 for m in smelt.compress(model, [method], smelt.Job(seed=seed)).model] for seed in (0, 0, 1)
-    ]
+    masks = [[m.weight != 0 for m in smelt.compress(model, [method], smelt.Job(seed=seed)).model] for seed in (0, 0, 1)]
     assert torch.equal(masks[0][0], masks[1][0]) and not torch.equal(masks[0][0], masks[2][0])
     assert not torch.equal(masks[0][0], masks[0][1])
     assert masks[0][0].float().mean() == 0.5

@@ -1,37 +1,37 @@
 """Data as everything else sees it: splits that are iterated, batches that are normalised.
 
-    Batches      tensors in memory, in an order that repeats exactly
-    Data         train, valid and test: any iterables of batches (a DataLoader, a list, Batches)
-    batch        what a loader yields -> (inputs, labels)
-    forward      model, inputs -> output
-    logits_of    output -> tensor
-
-and how text names a builder or a loader: `function_at("module:function")`, `parse_call("lenet(hidden=100)")`.
+Batches      tensors in memory, in an order that repeats exactly
+Data         train, valid and test: any iterables of batches (a DataLoader, a list, Batches)
+Guided       a batch that carries the teacher's outputs, recorded beforehand
+batch        what a loader yields -> (inputs, labels); forward and logits_of take them on
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from secrets import token_hex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from smelt.core.errors import DataError, ModelError, SmeltError, nearest
+from smelt.core.errors import DataError, ModelError
 
 SPLITS = ("train", "valid", "test")
 LABELS = ("labels", "label", "target")
 
 Transform = Callable[[Tensor, Generator], Tensor]
+
+
+class Guided(NamedTuple):
+    """A batch with the teacher's logits for it: distillation then runs no teacher."""
+
+    inputs: Any
+    labels: Any
+    teacher: Tensor
 
 
 class Batches:
@@ -65,13 +65,10 @@ class Batches:
             raise DataError(f"inputs {list(inputs.shape)} and {found}: both need one row per sample")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size is {batch_size!r}; it takes a whole number from 1")
-        self.inputs = inputs
-        self.labels = labels
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.transform = transform
+        self.inputs, self.labels, self.transform = inputs, labels, transform
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.epoch = 0
+        self._fingerprint: str | None = None
 
     @property
     def samples(self) -> int:
@@ -116,19 +113,16 @@ class Batches:
 
         A transform counts by its name, code and what it closes over, not by the globals it reads.
         """
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for tensor in (self.inputs, self.labels):
-            if tensor is None:
-                digest.update(b"none")
-                continue
-            digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(describe(tensor).encode())
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         digest.update(repr((self.batch_size, self.shuffle, self.seed, _identity(self.transform))).encode())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 def _generator(seed: int, epoch: int, purpose: str) -> Generator:
@@ -137,17 +131,15 @@ def _generator(seed: int, epoch: int, purpose: str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _identity(function: Any) -> tuple[str, ...]:
-    """Equal for equal functions; what has no stable text (an object at an address) never repeats, which is safe."""
-    if function is None:
-        return ()
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return (repr(function),)
-    cells = [c.cell_contents for c in function.__closure__ or ()]
-    bound = getattr(function, "__self__", None)
-    names = f"{function.__module__}.{function.__qualname__}", code.co_code.hex()
-    return *names, repr((code.co_consts, code.co_names, function.__defaults__, function.__kwdefaults__, cells, bound))
+def _identity(function: Any) -> str:
+    """Equal for equal functions; what shows an address instead of its content never equals anything."""
+    text = repr(function)
+    if (code := getattr(function, "__code__", None)) is not None:
+        cells = [c.cell_contents for c in function.__closure__ or ()]
+        bound = getattr(function, "__self__", None)
+        known = function.__module__, function.__qualname__, code.co_code, code.co_consts, code.co_names
+        text = repr((*known, function.__defaults__, function.__kwdefaults__, cells, bound))
+    return f"{text}{token_hex()}" if " at 0x" in text else text
 
 
 def parts(n: int, labels: Tensor | None, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +168,7 @@ class Data:
 
     fingerprint: changes when anything that a run depends on changes; None = cannot be known, and nothing
         computed from this data is cached.
-    classes: names of the classes, in the order of the labels, where they have names.
+    classes: their names in the order of the labels, where they have names.
     """
 
     train: Iterable[Any] | None = None
@@ -193,14 +185,9 @@ class Data:
 
 def fingerprint(splits: Mapping[str, Iterable[Any] | None]) -> str | None:
     """sha256 over the splits of a data set, or None if one of them is not `Batches`."""
-    digest = hashlib.sha256()
-    for name, loader in sorted(splits.items()):
-        if loader is None:
-            continue
-        if not isinstance(loader, Batches):
-            return None
-        digest.update(f"{name}={loader.fingerprint()};".encode())
-    return digest.hexdigest()
+    known = {name: loader for name, loader in sorted(splits.items()) if loader is not None}
+    marks = [f"{name}={loader.fingerprint()}" for name, loader in known.items() if isinstance(loader, Batches)]
+    return hashlib.sha256(";".join(marks).encode()).hexdigest() if len(marks) == len(known) else None
 
 
 def check(data: Data, *, labels: bool = False, needs: Sequence[str] = ()) -> None:
@@ -234,9 +221,7 @@ def check(data: Data, *, labels: bool = False, needs: Sequence[str] = ()) -> Non
 def check_loader(loader: Any, where: str) -> None:
     """Raise DataError for what is no iterable of batches, or one that can be read only once."""
     kind = type(loader).__name__
-    if isinstance(loader, (Tensor, str, bytes, Mapping)) or not (
-        isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    ):
+    if isinstance(loader, (Tensor, str, bytes, Mapping)) or not hasattr(loader, "__iter__"):
         raise DataError(f"{where} is a {kind}; it must be an iterable of batches (a DataLoader)")
     if isinstance(loader, Iterator):
         raise DataError(f"{where} is a {kind}, which can be read only once; it must be a list or a DataLoader")
@@ -252,6 +237,8 @@ def batch(item: Any) -> tuple[Any, Any]:
     Raises:
         DataError: an empty tuple, list or mapping.
     """
+    if isinstance(item, Guided):
+        return item.inputs, item.labels
     if isinstance(item, Mapping):
         key = next((k for k in LABELS if k in item), None)
         inputs = {k: v for k, v in item.items() if k != key}
@@ -271,11 +258,8 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and mappings, in order."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
             yield from tensors(value)
 
 
@@ -285,11 +269,8 @@ def samples(inputs: Any) -> int:
     Raises:
         DataError: no tensor in it.
     """
-    first = next(tensors(inputs), None)
-    if first is None:
-        raise DataError(
-            f"a batch of {type(inputs).__name__} holds no tensor; inputs are tensors, or tuples or dicts of them"
-        )
+    if (first := next(tensors(inputs), None)) is None:
+        raise DataError(f"a batch of {type(inputs).__name__} holds no tensor; inputs are tensors, in tuples or dicts")
     return len(first) if first.dim() else 1
 
 
@@ -312,9 +293,9 @@ def describe(inputs: Any) -> str:
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """model(x), model(*x) for a tuple or list, model(**x) for a mapping."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -344,87 +325,3 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def parse_call(spec: str, error: type[SmeltError]) -> tuple[str, dict[str, Any]]:
-    """'lenet(hidden=100)' -> ('lenet', {'hidden': 100}); a bare name has no arguments.
-
-    Raises:
-        error: arguments that are not keyword=literal.
-    """
-    if not spec.endswith(")"):
-        return spec, {}
-    name, _, rest = spec.partition("(")
-    try:
-        call = ast.parse(f"_({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError
-        given = {str(k.arg or ""): ast.literal_eval(k.value) for k in call.keywords}
-        if "" in given or len(given) < len(call.keywords):
-            raise ValueError
-        return name.strip(), given
-    except (SyntaxError, ValueError):
-        raise error(
-            f"cannot read {spec!r}; arguments are keywords with plain values: name(hidden=100, size=8)"
-        ) from None
-
-
-def function_at(spec: str, error: type[SmeltError]) -> Callable[..., Any]:
-    """The function that 'module:function' names; modules of the current directory come first.
-
-    Raises:
-        error: no such module or function (with the nearest), or a module that fails while it is imported.
-    """
-    path, _, name = spec.partition(":")
-    if not path or not name.isidentifier() or not all(part.isidentifier() for part in path.split(".")):
-        raise error(f"{spec!r} is not module:function")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(path)
-    except Exception as problem:
-        if isinstance(problem, ModuleNotFoundError) and (problem.name or "?") in (path, *_parents(path)):
-            raise error(f"{spec!r}: no module {problem.name!r}, neither in {here} nor installed") from None
-        raise error(
-            f"{spec!r}: importing {path!r} failed: {type(problem).__name__}: {first_line(problem)}"
-        ) from problem
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise error(f"{spec!r}: {path!r} has no function {name!r}{nearest(name, known)}")
-    return function  # type: ignore[no-any-return]
-
-
-def _parents(path: str) -> list[str]:
-    return [path[:i] for i, c in enumerate(path) if c == "."]
-
-
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """What a function takes, by name; None = anything, or unknown (written in C)."""
-    try:
-        known = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in known.values()) else known
-
-
-def check_arguments(function: Callable[..., Any], given: Iterable[str], where: str, error: type[SmeltError]) -> None:
-    """Raise `error` for an argument that a function does not take, with the nearest that it does."""
-    known = parameters_of(function)
-    if known is None:
-        return
-    for key in given:
-        if key not in known or known[key].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
-            raise error(f"{where} has no argument {key!r}{nearest(key, known)}")
-    missing = [
-        k for k, p in known.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and k not in given
-    ]
-    if missing:
-        raise error(f"{where} needs the argument {missing[0]!r}")

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from smelt.core.errors import FileError
 
-Part = "Tensor | Encoded"
-
 
 class Form(ABC):
     """How a tensor is stored: one file in `forms/`, a frozen dataclass whose fields are plain settings.

@@ -17,7 +17,7 @@ from smelt.core.data import Data
 class Job:
     """Data, evaluation, teacher, device and seed of a run.
 
-    data: `smelt.data(...)`, or a `Data` of your own loaders; None for recipes that need none.
+    data: `smelt.open_data(...)`, or a `Data` of your own loaders; None for recipes that need none.
     metric: 'accuracy', 'loss', ... (see `smelt measure --help`), or a function (outputs, labels) -> float.
     loss: (outputs, labels) -> scalar tensor for training; default cross entropy for integer labels, else mean
         squared error.

@@ -1,8 +1,8 @@
 """The three kinds of act.  A method is one file in `methods/`, named by its path.
 
-    Codec      stores a tensor in another form
-    Rewrite    changes the model's structure, as a list of edits
-    Objective  adds a term to the training loss
+Codec      stores a tensor in another form
+Rewrite    changes the model's structure, as a list of edits
+Objective  adds a term to the training loss
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Stats:
     seed: int = 0
 
 
-class Method(ABC):
+class Method:
     """Base of the three acts: a frozen dataclass whose fields are the settings, each with a default.
 
     The class docstring ends with the fixed lines of `CARD_LINES` ("applies to: ...", one line each).
@@ -112,7 +112,22 @@ def _name_of(cls: type) -> str:
     return known.get(path, path)
 
 
-class Codec(Method):
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value` exactly, with the gradient of `x` (Bengio et al. 2013, arXiv:1308.3432)."""
+    return _StraightThrough.apply(x, value)  # type: ignore[no-any-return]
+
+
+class Codec(Method, ABC):
     """Stores a tensor in another form.  Write `fit` and `encode`; the rest has defaults.
 
     `lossless`: codes leaves without loss, at rest in the file only (see `pack`).
@@ -158,7 +173,7 @@ class Codec(Method):
 
     def simulate(self, x: Tensor, state: State) -> Tensor:
         """`x` after a round trip, differentiable: by default straight-through (gradient of x)."""
-        return x + (self.encode(x.detach(), state).decode().to(x.dtype) - x.detach())
+        return straight_through(x, self.encode(x.detach(), state).decode())
 
 
 class Lossless(Codec):
@@ -173,7 +188,7 @@ class Lossless(Codec):
         return State()
 
 
-class Rewrite(Method):
+class Rewrite(Method, ABC):
     """Changes the model's structure.  The core applies and records the edits."""
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -209,7 +224,7 @@ class Seen:
     hard: Tensor | None = None
 
 
-class Objective(Method):
+class Objective(Method, ABC):
     """Adds a term to the training loss."""
 
     needs_teacher: ClassVar[bool] = False

@@ -34,7 +34,7 @@ SCHEDULES = ("cosine", "constant", "linear")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `on` is a word: only true and false are booleans, as in YAML 1.2."""
+    """YAML with the booleans and floats of version 1.2: `on` is a word, 1e-4 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,6 +42,11 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -191,7 +196,9 @@ def _step(item: Any, where: _Where, *, inside: bool) -> Step:
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
-        raise RecipeError(f"{where}: a step is one key with its settings, such as share.kmeans: {{clusters: 16}}, not {_short(item)}")
+        raise RecipeError(
+            f"{where}: a step is one key with its settings, such as share.kmeans: {{clusters: 16}}, not {_short(item)}"
+        )
     key, settings = next(iter(item.items()))
     here = where / key
     settings = {} if settings is None else settings
@@ -223,9 +230,13 @@ def _check_place(step: Step, where: _Where, inside: bool) -> Step:
     if isinstance(act, Objective) and not inside:
         raise RuleError(f"{where}: {step.key} adds to a training loss; put it under train: with:")
     if isinstance(act, Codec) and act.lossless and inside:
-        raise RuleError(f"{where}: {step.key} codes files without loss and does nothing in training; put it after train")
+        raise RuleError(
+            f"{where}: {step.key} codes files without loss and does nothing in training; put it after train"
+        )
     if not inside and ramps(act):
-        raise RuleError(f"{where}: {step.key}.{next(iter(ramps(act)))} ramps, which only means something under train: with:")
+        raise RuleError(
+            f"{where}: {step.key}.{next(iter(ramps(act)))} ramps, which only means something under train: with:"
+        )
     places = act.places if isinstance(act, Codec) else ("weight",)
     if step.at not in places:
         raise RecipeError(f"{where}: {step.key} does not act at {step.at!r}{nearest(str(step.at), places)}")

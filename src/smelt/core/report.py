@@ -65,7 +65,9 @@ class Report:
     def short(self) -> list[list[Any]]:
         """The rows a file carries inside: bytes and the metric, before and after."""
         last = max((row.step for row in self.rows), default=0)
-        keep = [row for row in self.rows if row.step in (0, last) and row.measure not in ("latency", "peak memory", "file")]
+        keep = [
+            row for row in self.rows if row.step in (0, last) and row.measure not in ("latency", "peak memory", "file")
+        ]
         return [[row.step, row.measure, round(row.value, 4)] for row in keep]
 
     def to_plain(self) -> dict[str, Any]:

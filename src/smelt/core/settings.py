@@ -155,7 +155,9 @@ def _check_range(value: Any, f: Field[Any], where: str) -> None:
             hint = f"; there is {', '.join(map(str, choices))}"
         raise RecipeError(f"{where}.{f.name}: no choice {value!r}{hint}")
     if _number(value) and ((low is not None and value < low) or (high is not None and value > high)):
-        span = f"{low}..{high}" if low is not None and high is not None else f">= {low}" if high is None else f"<= {high}"
+        span = (
+            f"{low}..{high}" if low is not None and high is not None else f">= {low}" if high is None else f"<= {high}"
+        )
         raise RecipeError(f"{where}.{f.name} is {value}, outside {span}: {f.metadata.get('doc', '')}")
 
 

@@ -74,7 +74,10 @@ def load(shelf: str, name: str, kind: type) -> Any:
     classes = [
         c
         for c in vars(found).values()
-        if isinstance(c, type) and issubclass(c, kind) and c.__module__ == found.__name__ and not c.__name__.startswith("_")
+        if isinstance(c, type)
+        and issubclass(c, kind)
+        and c.__module__ == found.__name__
+        and not c.__name__.startswith("_")
     ]
     if len(classes) != 1:
         raise TypeError(f"{found.__name__} must define one public {kind.__name__}, it defines {len(classes)}")

@@ -115,7 +115,9 @@ def check_fresh(model: nn.Module) -> None:
             )
 
 
-def eat(codec: Codec, target: Target, model: nn.Module, step: str) -> tuple[Encoded | None, str | None, Tensor, Tensor | None]:
+def eat(
+    codec: Codec, target: Target, model: nn.Module, step: str
+) -> tuple[Encoded | None, str | None, Tensor, Tensor | None]:
     """What a lossy codec gets of a target: (tree or None, path of the leaf in it, x, where).
 
     Raises:
@@ -124,7 +126,9 @@ def eat(codec: Codec, target: Target, model: nn.Module, step: str) -> tuple[Enco
     entry = store_of(model).entries.get(target.name)
     if entry is None:
         if not target.tensor.is_floating_point():
-            raise RuleError(f"{step}: {target} is {target.tensor.dtype}; only floating tensors can be stored in fewer bits")
+            raise RuleError(
+                f"{step}: {target} is {target.tensor.dtype}; only floating tensors can be stored in fewer bits"
+            )
         return None, None, target.tensor.detach(), None
     leaves = dict(entry.encoded.leaves())
     floating = [p for p in entry.encoded.carriers() if leaves[p].is_floating_point()]
@@ -176,5 +180,3 @@ def rest_bytes(part: Tensor | Encoded) -> int:
     if isinstance(part, Tensor):
         return part.numel() * part.element_size()
     return NODE_BYTES + sum(rest_bytes(p) for p in part.parts.values())
-
-

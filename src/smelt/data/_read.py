@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from smelt.core import shelf
-from smelt.core.data import (
-    Batches,
-    Data,
-    check_arguments,
-    check_loader,
-    fingerprint,
-    first_line,
-    function_at,
-    parameters_of,
-    parse_call,
-)
+from smelt.core.data import Batches, Data, check_loader, fingerprint
 from smelt.core.errors import DataError, nearest
+from smelt.core.named import check_arguments, first_line, function_at, parameters_of, parse_call
 
 HELD_OUT = 0.2
 BATCH_SIZE = 128

@@ -55,30 +55,36 @@ SHORT = {dtype: short for short, dtype in DTYPES.items()}
 
 # What every file would otherwise say again: part of version 1, must not change.
 WORDS = (
-    b'"u16""i32""f64""bool""f8e4m3fn""c64""u64""embed_tokens.weight""layers.0.self_attn.q_proj.weight"k_proj.v_proj.o_proj.'
-    b'mlp.gate_proj.up_proj.down_proj."input_layernorm.weight""post_attention_layernorm.norm.weight""lm_head.weight"'
-    b'"factors",{},"left","right","hashed","binary",{"bits":"signs""zero"low_rank"scales","group""float",{},'
-    b'"features.0.encoder.blocks.0.attn.in_proj_weight","out_proj.bias""running_mean",[64],"running_var",[64],'
-    b'"num_batches_tracked",["i64"],"downsample.0.weight","shortcut.0.stages.0.0.layer1.0.conv1.weight",'
-    b'"bn1.weight",[64],"layer1.0.bn1.bias",[64],"layer1.0.bn1.running_mean",[64],"layer1.0.bn1.running_var",[64],'
-    b'"layer1.0.bn1.num_batches_tracked","i64","classifier.'
-    b'{"edits":[["keep","conv1.weight",0,"0-"],["set","fc1","out_features",],["set","conv1","out_channels",'
-    b'["set","bn1","num_features",["replace","fc1","chain",{"layers":[["Linear",{"in_features":,"out_features":,'
-    b'"bias":false}],["Linear",{"in_features":]]}],["remove","tie"]],"activations":[["fc1","input","output",'
-    b'"quantize.affine",{"bits":8,"symmetric":false,"per":"tensor"},["scale",null,"zero_point"],["scale"]]],'
-    b'"recipe":{"steps":[{"prune.channels":{"ratio":0.3}},{"prune.weights":{"ratio":0.9,"scope":"global","score":'
-    b'"taylor","structure":"n:m"}},{"train":{"epochs":10,"lr":0.001,"optimizer":"sgd","with":[{"distill.logits":'
-    b'{"temperature":4,"alpha":0.7}},{"prune.weights":{"ratio":{"ramp":[0,0.9]}}},{"quantize.affine":{"bits":4,'
-    b'"on":"*.weight"}}]}},{"share.kmeans":{"clusters":16,"on":"fc*"}},{"train":{"epochs":2,"lr":0.0001}},'
-    b'{"quantize.affine":{"bits":8,"on":"*.bias"}},{"code.entropy":{}},{"code.bits":{}},{"code.huffman":{}}]},'
-    b'"report":[[0,"peak memory",[0,"latency",[0,"macs",[0,"parameters",[0,"checkpoint",[0,"file",[0,"loss",'
-    b'[0,"accuracy",0.98],[0,"bytes",1],[1,"accuracy",0.97'
-    b'{"builder":"resnet_digits","arguments":{"channels":[],"classes":10},{"builder":"lenet300","tensors":['
-    b'"conv1.weight",["affine",{},[],"codes","u8","scale",null,"conv1.bias",[16],'
-    b'["sparse",{},[20],"mask",["bits",{},"bool","packed",1],"fc2.bias",["bits",{},[10],"packed",'
-    b'"fc1.weight",["sparse",{"packed":true},[300,784],"positions",["huffman",{},1,"stream",1],'
-    b'"values",["codebook",{},[1],"codebook",[16],"indices",["huffman",{},"u8","stream",1]]],'
-    b'"fc1.bias",["affine",{},[100],"codes","u8","scale",[]],"fc2.weight",['
+    b'"u16""u32""u64""i16""i32""f64""c64""f8e4m3fn""f8e5m2"'
+    b'"model.embed_tokens.weight","model.layers.0.self_attn.q_proj.weight","k_proj.v_proj.o_proj.mlp.gate_proj.up_proj.down_proj.'
+    b'input_layernorm.weight","post_attention_layernorm.weight","model.norm.weight","lm_head.weight","bf16"'
+    b'"transformer.wte.wpe.h.0.ln_1.attn.c_attn.c_proj.mlp.c_fc.ln_f.encoder.layer.0.attention.self.query.key.value.output.dense.'
+    b'embeddings.word_embeddings.position_embeddings.LayerNorm.intermediate.in_proj_weight","in_proj_bias","out_proj.linear1.norm1.'
+    b'features.0.classifier.1.backbone.blocks.0.head.weight_ih_l0","weight_hh_l0","bias_ih_l0","bias_hh_l0",'
+    b'"factors",{},"left",[],"right",[],"hashed",{},"binary",{},"signs","float",{},"f16","residual","low","base",'
+    b'"edits":[["keep","conv1.weight",0,"0-9,11"],["set","conv1","out_channels",],["set","conv2","in_channels",'
+    b'["set","bn1","num_features",["set","fc1","out_features",],["set","fc2","in_features",'
+    b'["replace","fc1","chain",{"layers":[["Linear",{"in_features":,"out_features":,"bias":false}],["Conv2d",{"in_channels":,'
+    b'"out_channels":,"kernel_size":[3,3],"stride":[1,1],"padding":[1,1],["remove","bn1"],["tie",'
+    b'"activations":[["fc1","input","quantize.affine",{},["scale",[],"zero",[]],["scale"]],["conv1","output",'
+    b'"recipe":{"steps":[{"prune.channels":{"ratio":0.3,"score":"taylor"}},{"lowrank.svd":{"rank":}},'
+    b'{"prune.weights":{"ratio":0.9,"scope":"global"}},{"train":{"epochs":10,"lr":0.001,"optimizer":"sgd","with":['
+    b'{"distill.logits":{"temperature":4,"alpha":0.7}},{"prune.weights":{"ratio":{"ramp":[0,0.9]}}},'
+    b'{"quantize.affine":{"bits":4,"on":"*.weight"}}]}},{"share.kmeans":{"clusters":16,"on":"fc*"}},'
+    b'{"train":{"epochs":2,"lr":0.0001}},{"quantize.affine":{"bits":8,"on":"*.bias"}},{"code.bits":{}},{"code.huffman":{}}]},'
+    b'"report":[[0,"checkpoint",[0,"latency",[0,"loss",[0,"macs",2],[0,"parameters",2],[0,"accuracy",0.98],[0,"bytes",1],'
+    b'[1,"accuracy",0.97]]'
+    b'"layer1.0.downsample.0.weight",["affine",{"axis":0,"bits":4,"group":64,"symmetric":false},[64],"codes",["bits",{"bits":4,'
+    b'"offset":-7},"i8","packed",72],"scale",[64],"zero",'
+    b'"layer1.0.bn1.weight",["huffman",{},[64],"stream",8],"layer1.0.bn1.bias",[64],"layer1.0.bn1.running_mean",[64],'
+    b'"layer1.0.bn1.running_var",[64],"layer1.0.bn1.num_batches_tracked","i64","stages.0.0.conv1.weight",[64,3,3],'
+    b'"shortcut.0.weight",[64,1,1],"mask",["bits",{},"bool","packed",'
+    b'{"builder":"resnet_digits","arguments":{"classes":10,"channels":[],"size":8,"kernel":3,"padding":1},'
+    b'{"builder":"lenet","tensors":["conv1.weight",["affine",{"axis":0,"bits":8},[],"codes",["huffman",{},"i8","stream",1],'
+    b'"scale",[20]],"conv1.bias",[20],"conv2.weight",{"builder":"lenet300","tensors":['
+    b'"fc1.weight",["sparse",{"packed":true,"gap":63,"columns":true},[300,784],"positions",["huffman",{},1,"stream",1],'
+    b'"values",["codebook",{},null,"codebook",[16],"indices",["huffman",{},1,"stream",1]]],'
+    b'"fc1.bias",["affine",{},[100],"codes","i8","scale",[]],"fc2.weight",["sparse",{"packed":true,"gap":15},['
 )
 
 
@@ -153,10 +159,15 @@ def write(path: Path, meta: Mapping[str, Any], leaves: Sequence[Tensor], *, forc
 
 def to_bytes(leaf: Tensor) -> memoryview:
     """The elements of a tensor in row-major order, little-endian; no copy where it lies so already."""
-    if leaf.dtype not in SHORT or leaf.layout != torch.strided or leaf.is_meta:
-        raise ModelError(f"a file cannot hold a tensor of {leaf.dtype}, {leaf.layout} on {leaf.device}")
+    check_holds(leaf, "a leaf")
     flat = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(_swapped(flat.view(torch.uint8), leaf.dtype).numpy())  # type: ignore[arg-type]
+
+
+def check_holds(tensor: Tensor, what: str) -> None:
+    """Raise ModelError for a tensor that no file can hold."""
+    if tensor.dtype not in SHORT or tensor.layout != torch.strided or tensor.is_meta:
+        raise ModelError(f"{what} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; a file cannot hold it")
 
 
 def _swapped(flat: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,11 +180,15 @@ def _swapped(flat: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_output(path: Path, force: bool) -> None:
     """Raise OutputError where a file cannot be put."""
-    if path.exists() and not path.is_file():
+    try:
+        exists, ordinary, folder = path.exists(), path.is_file(), path.parent.is_dir()
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    if exists and not ordinary:
         raise OutputError(f"{str(path)!r} is no ordinary file and is not written to")
-    if path.exists() and not force:
+    if exists and not force:
         raise OutputError(f"{str(path)!r} exists; to replace it pass force=True or --force")
-    if not path.parent.is_dir():
+    if not folder:
         raise OutputError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
 
 
@@ -215,35 +230,33 @@ def _replacing(path: Path, force: bool, total: int) -> Iterator[BinaryIO]:
 
 def to_json(meta: Any) -> bytes:
     """Compact JSON.  Raises ModelError for what is no plain data."""
-    _check_plain(meta, "", 0)
     try:
-        return json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(_plain(meta, "", 0), separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ModelError("a text for the file holds half a surrogate pair") from None
 
 
-def _check_plain(value: Any, where: str, depth: int) -> None:
-    if depth > DEPTH:
+def _plain(value: Any, where: str, depth: int) -> Any:
+    if value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return value
+    if depth >= DEPTH:
         raise ModelError(f"{where[:80]}: nested deeper than {DEPTH}")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ModelError(f"{where}: the key {key!r} is no text")
-            _check_plain(inner, f"{where}.{key}" if where else key, depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            _check_plain(inner, f"{where}[{i}]", depth + 1)
-    elif not (value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1 << 63)):
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, f"{where}[{i}]", depth + 1) for i, inner in enumerate(value)]
+    if not isinstance(value, Mapping):
         raise ModelError(f"{where}: {value!r} is no plain data (text, numbers, lists, mappings)")
+    for key in value:
+        if not isinstance(key, str):
+            raise ModelError(f"{where}: the key {key!r} is no text")
+    return {key: _plain(inner, f"{where}.{key}".lstrip("."), depth + 1) for key, inner in value.items()}
 
 
 def deflate(text: bytes, rest: int) -> bytes:
     """`text` as raw deflate; hardly compressed where a reader would refuse to believe it (`rest`: bytes beside it)."""
     tried = []
-    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED):
-        for memory in (8, 9):
-            c = zlib.compressobj(9, zlib.DEFLATED, -15, memory, strategy, WORDS)
-            tried.append(c.compress(text) + c.flush())
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED):
+        c = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy, WORDS)
+        tried.append(c.compress(text) + c.flush())
     packed = min(tried, key=len)
     if len(text) > RATIO * (len(packed) + rest) + ROOM:
         c = zlib.compressobj(0, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
@@ -290,7 +303,7 @@ def from_json(data: bytes) -> Any:
         return found
 
     def integer(digits: str) -> int:
-        if len(digits) > 20:
+        if len(digits) > 21:
             raise ValueError("a number of too many digits")
         return int(digits)
 
@@ -306,9 +319,9 @@ class Container:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileError(f"no such file: {str(path)!r}")
         try:
+            if not self.path.is_file():
+                raise FileError(f"no such file: {str(path)!r}")
             with open(self.path, "rb") as file:
                 start = file.read(HEADER.size)
                 if start[: len(MAGIC)] != MAGIC[: len(start)] or not start:
@@ -317,9 +330,9 @@ class Container:
                     raise self.error("damaged: it ends within its header")
                 # Private: a tensor on it can be written to, the file cannot.
                 self._map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        except FileError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, FileError):
-                raise
             raise FileError(f"{str(path)!r} cannot be read: {error}") from error
         self.nbytes = len(self._map)
         self.version: int

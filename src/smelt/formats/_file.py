@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smelt.core.data import first_line
 from smelt.core.edit import Edit, Keep, from_plain
 from smelt.core.encoded import Encoded, awaken
 from smelt.core.errors import FileError, nearest
+from smelt.core.named import first_line
 from smelt.formats._container import Container
 from smelt.formats._meta import Node, Reader, Resting, brief, pairs
 
@@ -29,7 +29,8 @@ KEYS: dict[str, type] = {
 class File:
     """Its meta is read and judged at once; a leaf's checksum is checked when it is first read.
 
-    Tensors lie on the mapped file where they can; writing to them does not change it.
+    Tensors lie on the mapped file where they can; writing to them does not change it.  While it is open the file
+    may be replaced, as `save` does, but not be cut off or written over in place.
 
     Args:
         own: give tensors memory of their own.
@@ -147,7 +148,7 @@ class File:
 
     def resting(self, name: str) -> Tensor | Encoded:
         """The tensor as it lies in the file."""
-        with self.blame(name):
+        with self.blame(f"damaged: tensor {name!r}"):
             return self._part(self._root(name))
 
     def encoded(self, name: str) -> Tensor | Encoded:

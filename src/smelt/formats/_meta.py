@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from smelt.core import shelf
-from smelt.core.data import first_line
 from smelt.core.encoded import Encoded, Form
 from smelt.core.errors import FileError, ModelError, RecipeError
 from smelt.core.method import Codec, State, make
+from smelt.core.named import first_line
 from smelt.core.settings import build, check, ramps
 from smelt.core.store import Activation
 from smelt.formats._container import DTYPES, ELEMENTS, SHORT, Slot
@@ -136,6 +137,7 @@ class Reader:
         self.uses: list[int] = []
         self.nodes: dict[Any, Node] = {}
         self.shared: set[Node] = set()
+        self._forms: dict[tuple[str, str], Form] = {}
 
     def part(self, data: Any, above: Slot = ROOT) -> Node | int:
         """A node, or the number of a leaf."""
@@ -154,11 +156,14 @@ class Reader:
         if len(data) < 3:
             raise FileError(f"{brief(data)} is no node")
         name, settings, kind, *pieces = data
-        form = _form(name, settings)
+        if not isinstance(name, str):
+            raise FileError(f"{brief(name)} is no form")
+        spelt = (name, json.dumps(settings))
+        form = self._forms[spelt] = self._forms.get(spelt) or _form(name, settings)
         slot = read_type(kind, above)
         parts = {key: self.part(piece, slot) for key, piece in pairs(pieces).items()}
         same = tuple((k, id(part) if isinstance(part, Node) else part) for k, part in parts.items())
-        key = (name, json.dumps(settings), slot, same)
+        key = (*spelt, slot, same)
         if key in self.nodes:
             self.shared.add(self.nodes[key])
         return self.nodes.setdefault(key, Node(form, parts, slot))
@@ -193,9 +198,7 @@ def pairs(pieces: Any) -> dict[str, Any]:
     return found
 
 
-def _form(name: Any, settings: dict[str, Any]) -> Form:
-    if not isinstance(name, str):
-        raise FileError(f"{brief(name)} is no form")
+def _form(name: str, settings: dict[str, Any]) -> Form:
     key, _, version = name.partition("@")
     try:
         form = build(shelf.load("forms", key, Form), settings, f"form {key!r}")
@@ -251,5 +254,4 @@ class Resting:
 
 def brief(data: Any) -> str:
     """What a file says, short and on one line."""
-    text = repr(data)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return reprlib.repr(data)[:80]

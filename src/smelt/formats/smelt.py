@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core import shelf
-from smelt.core.data import check_arguments, function_at
 from smelt.core.edit import Edit, put
 from smelt.core.encoded import Encoded
 from smelt.core.errors import FileError, ModelError
 from smelt.core.method import Lossless, State, make
+from smelt.core.named import check_arguments, function_at
 from smelt.core.source import Source
 from smelt.core.store import Entry, Store, check_fresh, pack, store_of
 from smelt.core.target import Target, targets
-from smelt.formats._container import check_output, write
+from smelt.formats._container import check_holds, check_output, write
 from smelt.formats._file import File
 from smelt.formats._meta import Writer, brief
 
@@ -91,6 +91,7 @@ class _Packer:
         self.shared = {i for i, count in seen.items() if count > 1}
 
     def pack(self, target: Target) -> Tensor | Encoded:
+        check_holds(target.tensor, str(target))
         tail = self.tail if self.tail is not None else self.held.tails.get(target.name)
         if tail is None:
             tail = [make(name) for name in DEFAULT_TAIL]
@@ -156,7 +157,8 @@ class _Loader:
         self.edits: list[Edit] = []
 
     def given(self, model: nn.Module) -> nn.Module:
-        if vars(model).get("_smelt", Store()) != Store():
+        held = vars(model).get("_smelt", Store())
+        if held.entries or held.edits or held.activations:
             raise ModelError("the module given as into= is compressed already; pass it freshly built")
         if (ghost := _ghost(model)) is not None:
             with torch.device("meta"):
@@ -177,7 +179,8 @@ class _Loader:
                 build = shelf.module("models", name).build
         elif trust:
             with self.file.blame(f"builder {name!r}"):
-                return self.compare(self.edit(self.call(function_at(name, FileError))))
+                build = function_at(name, FileError)
+            return self.compare(self.edit(self.call(build)))
         else:
             raise self.file.error(
                 f"it is built by {brief(name)}, which is not part of smelt; "
@@ -200,9 +203,9 @@ class _Loader:
         return model
 
     def edit(self, model: nn.Module) -> nn.Module:
-        """Replay the edits; a file cannot name more positions to keep than 64 cuts of every dimension would."""
+        """Replay the edits; they may keep as many positions as 64 cuts of every dimension would."""
         with self.file.blame("its edits do not fit the model"):
-            most = 64 * sum(sum(t.tensor.shape) for t in targets(model))
+            most = 64 * sum(sum(t.tensor.shape) for t in targets(model)) + (1 << 16)
             self.edits = self.edits or self.file.read_edits(most)
             for edit in self.edits:
                 edit.apply(model)

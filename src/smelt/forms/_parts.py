@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -25,11 +26,12 @@ def require(holds: bool, message: str) -> None:
 
 
 def exactly(form: Form, parts: Claims, shape: torch.Size, *names: str) -> None:
-    """The form has just these parts, and no size is negative."""
+    """The form has just these parts, and no size is negative or overflows, even where another is 0."""
     same = set(parts) == set(names)
     require(same, f"form {form.name!r} has the parts {', '.join(names)}, not {', '.join(sorted(parts)) or 'none'}")
     for size in (shape, *(part for part, _ in parts.values())):
-        require(all(n >= 0 for n in size), f"form {form.name!r}: {list(size)} is no shape")
+        sane = len(size) <= 64 and all(n >= 0 for n in size) and math.prod(max(1, n) for n in size) < 1 << 56
+        require(sane, f"form {form.name!r}: {list(size)} is no shape")
 
 
 def kind(form: Form, parts: Claims, name: str, dtypes: Collection[torch.dtype]) -> torch.Size:

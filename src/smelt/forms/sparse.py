@@ -70,7 +70,7 @@ class Sparse(Form):
         return parts.get("mask")
 
     def at_rest(self, encoded: Encoded) -> list[Encoded]:
-        """Packed candidates: the positions of least entropy, those of fewest symbols, and the bitmap.
+        """Packed candidates: the positions that code best, those of fewest symbols, and the bitmap.
 
         Masks that stand directly below one another are joined into one.
         """
@@ -173,7 +173,7 @@ def _place(part: Tensor | Encoded, kept: Tensor, shape: torch.Size, columns: boo
 
 
 def _guesses(walk: np.ndarray, columns: bool) -> list[tuple[float, int, Sparse]]:
-    """For every gap (bytes of the positions once coded, by their entropy; symbols as they are; the form)."""
+    """For every gap (bytes of the positions once coded, by about Huffman's lengths; symbols as they are; the form)."""
     skipped = np.bincount(np.diff(np.append(np.flatnonzero(walk), walk.size), prepend=-1) - 1)
     length = np.flatnonzero(skipped)
     found = []
@@ -183,9 +183,10 @@ def _guesses(walk: np.ndarray, columns: bool) -> list[tuple[float, int, Sparse]]
             counts[gap] = (length // gap * skipped[length]).sum()
         else:
             counts = np.bincount(np.packbits(walk), minlength=256).astype(float)
-        used = counts[counts > 0]
+        used = np.sort(counts[counts > 0])
         total = used.sum()
-        bits = float((used * np.log2(total / used)).sum())
-        guess = max(bits, total if len(used) > 1 else 0) / 8 + 0.75 * len(used)
-        found.append((guess, int(total) if gap else walk.size, Sparse(True, gap, columns)))
+        # a symbol of more than half the share costs a whole bit, and the others one more than among themselves
+        rest = used[:-1] if used.size > 1 and used[-1] > total / 2 else used
+        bits = float((rest * np.log2(rest.sum() / rest)).sum()) + (total if rest is not used else 0)
+        found.append((bits / 8 + 0.75 * used.size, int(total) if gap else walk.size, Sparse(True, gap, columns)))
     return found

@@ -9,9 +9,11 @@ at one by one, and the members of a plain `nn.Sequential` are taken to run one a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,7 +33,7 @@ _NAMES = (
     *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign"),
     *("threshold", "dropout"),
 )
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     getattr(home, written): name.replace("_", "")
     for name in _NAMES
     for home in (torch, functional)
@@ -75,22 +77,22 @@ def chains(model: nn.Module) -> tuple[list[Link], dict[str, str]]:
     links: dict[str, Link] = {}
     reasons: dict[str, str] = {}
     tied = {path for t in targets(model) if len(t.places) > 1 for path, _ in t.places}
-    for graph, root, prefix in _graphs(model, ""):
-        for node in graph.nodes:
-            if node.op != "call_module" or type(root.get_submodule(node.target)) is not nn.Linear:
+    for part in _parts(model, ""):
+        for node in part.graph.nodes:
+            if not part.linear(node):
                 continue
-            path = prefix + node.target
-            found = _follow(node, graph, root, prefix)
+            path = part.path(node)
+            found = part.follow(node)
             if path in tied or (isinstance(found, Link) and found.consumer in tied):
                 found = "its weights are tied, or the layer is used under two names"
             if isinstance(found, Link):
                 links.setdefault(path, found)
             else:
                 reasons.setdefault(path, found)
+    order = [path for path, _ in model.named_modules()]
     for path, module in model.named_modules():
         if type(module) is nn.Linear and path not in links:
             reasons.setdefault(path, "its place in the model was not found by tracing")
-    order = [path for path, _ in model.named_modules()]
     reasons = {path: reason for path, reason in reasons.items() if path not in links}
     return sorted(links.values(), key=lambda link: order.index(link.producer)), reasons
 
@@ -106,81 +108,93 @@ class _Tracer(fx.Tracer):
         return self.flat or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[fx.Graph, nn.Module, str]]:
-    """(graph, its root, prefix of the paths in it) of the largest parts that can be traced."""
+def _parts(module: nn.Module, prefix: str) -> Iterator[_Part]:
+    """The largest parts that can be traced."""
     try:
         # Left out, an optional argument would be traced as if it were given.
         options = {n: p.default for n, p in signature(module.forward).parameters.items() if p.default is not p.empty}
-        yield _Tracer(flat=False).trace(module, options), module, prefix
+        yield _Part(_Tracer(flat=False).trace(module, options), module, prefix)
         return
     except Exception:  # tracing runs foreign code, which fails in any way it likes
         if type(module) is nn.Sequential:
-            yield _Tracer(flat=True).trace(module), module, prefix
+            yield _Part(_Tracer(flat=True).trace(module), module, prefix)
     for name, child in module.named_children():
-        yield from _graphs(child, f"{prefix}{name}.")
+        yield from _parts(child, f"{prefix}{name}.")
 
 
-def _follow(node: fx.Node, graph: fx.Graph, root: nn.Module, prefix: str) -> Link | str:
-    """From a producer down to its consumer, or why there is none."""
-    producer, between = node, []
-    reason = _unfit(producer, graph, root)
-    while not reason:
-        users = list(node.users)
-        if len(users) != 1:
-            return f"its output has {len(users)} users" if users else "its output is not used"
-        before, node = node, users[0]
-        if node.op == "output":
-            return "its output leaves the model" if not prefix else f"its output leaves {prefix[:-1]!r}"
-        if node.op == "call_module" and type(root.get_submodule(node.target)) is nn.Linear:
-            reason = _unfit(node, graph, root)
-            if not reason and node.args == (before,):
-                return Link(prefix + producer.target, prefix + node.target, tuple(between))
-            return f"its consumer {prefix}{node.target}: {reason or 'is called in an unusual way'}"
-        step = _elementwise(node, before, root)
-        if step is None:
-            return f"its output goes through {_called(node, prefix)}, which is not known to act on each element alone"
-        between.append(step)
-    return reason
+class _Part:
+    """A traced module; `prefix` leads from the model to it."""
 
+    def __init__(self, graph: fx.Graph, root: nn.Module, prefix: str):
+        self.graph, self.root, self.prefix = graph, root, prefix
+        self.calls = Counter(id(self.module(node)) for node in graph.nodes if node.op == "call_module")
+        self.read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
-def _unfit(node: fx.Node, graph: fx.Graph, root: nn.Module) -> str:
-    module = root.get_submodule(node.target)
-    calls = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is module]
-    if len(calls) > 1:
-        return f"the layer is used {len(calls)} times"
-    if any(n.op == "get_attr" and str(n.target).startswith(f"{node.target}.") for n in graph.nodes):
-        return "its weights are also used outside the layer"
-    return "a hook acts on it" if _hooked(module) else ""
+    def module(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
+
+    def linear(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and type(self.module(node)) is nn.Linear
+
+    def path(self, node: fx.Node) -> str:
+        return f"{self.prefix}{node.target}"
+
+    def follow(self, producer: fx.Node) -> Link | str:
+        """From a producer down to its consumer, or why there is none."""
+        between: list[Elementwise] = []
+        node, reason = producer, self.unfit(producer)
+        while not reason:
+            users = list(node.users)
+            if len(users) != 1:
+                return f"its output has {len(users)} users" if users else "its output is not used"
+            before, node = node, users[0]
+            if node.op == "output":
+                return f"its output leaves {self.prefix[:-1]!r}" if self.prefix else "its output leaves the model"
+            if self.linear(node):
+                reason = self.unfit(node)
+                if not reason and node.args == (before,):
+                    return Link(self.path(producer), self.path(node), tuple(between))
+                return f"its consumer {self.path(node)}: {reason or 'is called in an unusual way'}"
+            step = self.elementwise(node, before)
+            if step is None:
+                name = self.path(node) if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+                return f"its output goes through {name}, which is not known to act on each element alone"
+            between.append(step)
+        return reason
+
+    def unfit(self, node: fx.Node) -> str:
+        module = self.module(node)
+        if (count := self.calls[id(module)]) > 1:
+            return f"the layer is used {count} times"
+        if str(node.target) in self.read:
+            return "its weights are also used outside the layer"
+        return "a hook acts on it" if _hooked(module) else ""
+
+    def elementwise(self, node: fx.Node, before: fx.Node) -> Elementwise | None:
+        """The function that a node applies to `before`, or None if it is not known to be elementwise."""
+        if not node.args or node.args[0] is not before or node.all_input_nodes != [before]:
+            return None
+        if node.op == "call_module":
+            module = self.module(node)
+            several = isinstance(module, nn.PReLU) and module.weight.numel() > 1
+            if type(module) not in _MODULES or several or _hooked(module):
+                return None
+            name = type(module).__name__.lower()
+            return Elementwise(name, _same if name == "dropout" else module)
+        rest, options = node.args[1:], dict(node.kwargs)
+        if node.op == "call_method" and (name := str(node.target).rstrip("_")) in _METHODS:
+            same = name in ("contiguous", "clone")
+            return Elementwise(
+                "identity" if same else name, _same if same else lambda x: getattr(x, name)(*rest, **options)
+            )
+        if node.op == "call_function" and node.target in _FUNCTIONS:
+            function, name = cast("Callable[..., Tensor]", node.target), _FUNCTIONS[node.target]
+            return Elementwise(name, _same if name == "dropout" else lambda x: function(x, *rest, **options))
+        return None
 
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _called(node: fx.Node, prefix: str) -> str:
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"{prefix}{name}" if node.op == "call_module" else name
-
-
-def _elementwise(node: fx.Node, before: fx.Node, root: nn.Module) -> Elementwise | None:
-    """The function that a node applies to `before`, or None if it is not known to be elementwise."""
-    if node.all_input_nodes != [before] or (node.args and node.args[0] is not before):
-        return None
-    if node.op == "call_module":
-        module = root.get_submodule(node.target)
-        if type(module) not in _MODULES or _hooked(module) or (isinstance(module, nn.PReLU) and module.weight.numel() > 1):
-            return None
-        name = type(module).__name__.lower()
-        return Elementwise(name, _same if name == "dropout" else module)
-    rest, options = node.args[1:], dict(node.kwargs)
-    if node.op == "call_method" and node.args and (name := str(node.target).rstrip("_")) in _METHODS:
-        if name in ("contiguous", "clone"):
-            return Elementwise("identity", _same)
-        return Elementwise(name, lambda x: getattr(x, name)(*rest, **options))
-    if node.op == "call_function" and node.args and node.target in _FUNCTIONS:
-        function, name = node.target, _FUNCTIONS[node.target]
-        return Elementwise(name, _same if name == "dropout" else lambda x: function(x, *rest, **options))
-    return None
 
 
 def _same(x: Tensor) -> Tensor:

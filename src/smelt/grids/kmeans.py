@@ -180,7 +180,7 @@ def _rounds(points: Array, mass: Array, centers: Array) -> Array:
     """Lloyd's rounds: means of the nearest, until no value changes its center; those without values are left out."""
     origin = float(np.average(points, weights=mass))
     w, s = (np.append(0.0, np.cumsum(mass * (points - origin) ** p)) for p in (0, 1))
-    cuts = np.empty(0, np.int64)
+    cuts = np.full(len(centers), -1)
     for _ in range(ROUNDS):
         before, cuts = cuts, np.searchsorted(points, _borders(centers), side="right")
         if np.array_equal(before, cuts):

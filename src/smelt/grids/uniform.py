@@ -23,7 +23,7 @@ from torch import Tensor
 # Shrink factors that `mse` tries: 1, 1 - 1/80, ..., 1/80.
 STEPS = 80
 # Values that `mse` works on at a time, so that they stay in the cache.
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 
 Range = tuple[Tensor, Tensor]
 
@@ -53,7 +53,7 @@ def percentile(rows: Tensor, where: Tensor | None = None, *, share: float, symme
 
 
 def magnitude(rows: Tensor, where: Tensor | None = None) -> Range:
-    """+- the mean of |x|: the best two levels +-a in the squared error (Rastegari et al. 2016, arXiv:1603.05279, eq. 6)."""
+    """+- the mean of |x|: the best two levels +-a (Rastegari et al. 2016, arXiv:1603.05279, eq. 6)."""
     count = rows.shape[1] if where is None else where.sum(1).clamp_min(1)
     total = (rows if where is None else rows.where(where, 0)).abs().sum(1)
     return -(total / count), total / count
@@ -83,8 +83,7 @@ def mse(rows: Tensor, where: Tensor | None = None, *, bits: int, symmetric: bool
     search = _Search(rows, where, low, high, bits, symmetric, whole)
     down, up = low - middle, high - middle
     for i in range(1, STEPS):
-        factor = 1 - i / STEPS
-        error = search.try_(middle + factor * down, middle + factor * up)
+        error = search.try_(middle + (1 - i / STEPS) * down, middle + (1 - i / STEPS) * up)
         if bool((error >= 4 * search.error).all()):
             break  # from here on only more is cut
     best = (search.high - search.low) / (high - low).where(high > low, 1)
@@ -132,7 +131,9 @@ def limits(bits: int, symmetric: bool) -> tuple[int, int]:
     return 0, (1 << bits) - 1
 
 
-def steps(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, whole: bool = False) -> tuple[Tensor, Tensor | None]:
+def steps(
+    low: Tensor, high: Tensor, *, bits: int, symmetric: bool, whole: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """(scale, zero) of ranges of any shape; zero is None for symmetric levels of two bits or more.
 
     A range of one value c is widened to 0, so that c is a level; scale is always positive.
@@ -145,7 +146,7 @@ def steps(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, whole: bool 
         wide = torch.ones_like(low, dtype=torch.bool) if whole else low == high
         low, high = low.clamp_max(0).where(wide, low), high.clamp_min(0).where(wide, high)
     scale = high / (highest - lowest) - low / (highest - lowest)
-    scale = scale.where(scale >= torch.finfo(scale.dtype).tiny, 1)
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
     if symmetric and bits > 1:
         return scale, None
     zero = torch.full_like(scale, 0.5) if symmetric else -low / scale

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from smelt.core.data import batch, describe, evaluating, first_line, forward, logits_of, move, samples
+from smelt.core.data import batch, describe, evaluating, forward, logits_of, move, samples
 from smelt.core.errors import DataError, ModelError, SmeltError, nearest
+from smelt.core.named import first_line
 
 IGNORED = -100
 """Labels of this value do not count (torch's `ignore_index`)."""

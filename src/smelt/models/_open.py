@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from smelt.core import shelf
-from smelt.core.data import check_arguments, first_line, function_at, parse_call
 from smelt.core.errors import ModelError, nearest
+from smelt.core.named import check_arguments, first_line, function_at, parse_call
 
 NESTED = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.")

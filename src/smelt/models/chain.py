@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from smelt.core.data import first_line
 from smelt.core.errors import ModelError, nearest
+from smelt.core.named import first_line
 
 LAYERS = (
     *("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d"),

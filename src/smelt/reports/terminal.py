@@ -161,6 +161,15 @@ def measure_table(rows: Sequence[Row], title: str = "") -> RenderableType:
     return table
 
 
+def facts(lines: Mapping[str, str]) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in lines.items():
+        grid.add_row(name, Text(text))
+    return grid
+
+
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One row per tensor of a file: what it is stored as and what that costs."""
     table = _table()
@@ -203,13 +212,8 @@ def methods_table(cards: Mapping[str, Mapping[str, str]], width: int = 80) -> Re
 
 
 def method_card(key: str, card: Mapping[str, str]) -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in card.items():
-        if name != "does" and text:
-            grid.add_row(f"  {name}", Text(text))
-    return Group(Text(key, "bold cyan"), Text(card.get("does", "")), grid, Text())
+    lines = {f"  {name}": text for name, text in card.items() if name != "does" and text}
+    return Group(Text(key, "bold cyan"), Text(card.get("does", "")), facts(lines), Text())
 
 
 def settings_table(settings: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smelt.core.data import Batches, Data, batch, forward, logits_of, move
+from smelt.core.data import Batches, Data, Guided, batch, forward, logits_of, move
 from smelt.core.errors import DataError, ModelError
 from smelt.core.progress import Progress
 from smelt.core.recipe import Step, Train
@@ -61,6 +61,8 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
         refresh=act.refresh,
         seed=loop.seed,
     )
+    # Adam's moments of pruned weights decay into denormal numbers, which are several times slower to add.
+    torch.set_flush_denormal(True)
     with context as t:
         optimizer = _optimizer(act, list(t.parameters()))
         best, best_state, best_epoch = -math.inf, None, 0
@@ -77,7 +79,9 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
                 value = loop.score(model, valid)
                 if value >= best:
                     best, best_state, best_epoch = value, t.state(), epoch + 1
-                progress.advance(per_epoch * (epoch + 1), per_epoch * act.epochs, f"loss {mean:.4f} held-out {value:.2f}")
+                progress.advance(
+                    per_epoch * (epoch + 1), per_epoch * act.epochs, f"loss {mean:.4f} held-out {value:.2f}"
+                )
                 if act.patience is not None and epoch + 1 - best_epoch >= act.patience:
                     notes.append(f"train stopped after epoch {epoch + 1}: no better for {act.patience} epochs")
                     break
@@ -86,6 +90,7 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
         if best_state is not None:
             t.load(best_state)
         notes += t.notes
+    torch.set_flush_denormal(False)
     model.eval()
     if loop.checkpoint is not None:
         loop.checkpoint.unlink(missing_ok=True)
@@ -106,6 +111,7 @@ def _one_epoch(
     model.train()
     total, count = 0.0, 0
     for index, item in enumerate(train):
+        guide = item.teacher.to(loop.device) if isinstance(item, Guided) else None
         inputs, labels = move(batch(item), loop.device)
         done = epoch * per_epoch + index
         for group in optimizer.param_groups:
@@ -115,12 +121,16 @@ def _one_epoch(
         hard = None
         if labels is not None and act.hard:
             hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
-        loss = t.loss(inputs, outputs, labels, hard)
+        loss = t.loss(inputs, outputs, labels, hard, guide)
         if not loss.requires_grad:
-            raise DataError("train has nothing to learn from: the batches have no labels and no objective stands under 'with'")
+            raise DataError(
+                "train has nothing to learn from: the batches have no labels and no objective stands under 'with'"
+            )
         value = loss.item()
         if not math.isfinite(value):
-            raise ModelError(f"train: the loss became {value} in epoch {epoch + 1}, batch {index + 1}; a smaller lr than {act.lr} may help")
+            raise ModelError(
+                f"train: the loss became {value} in epoch {epoch + 1}, batch {index + 1}; a smaller lr than {act.lr} may help"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if act.clip is not None:
@@ -153,7 +163,9 @@ def _optimizer(act: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimi
     if not parameters:
         raise DataError("train finds nothing to learn: no parameter and no floating leaf requires a gradient")
     if act.optimizer == "sgd":
-        return torch.optim.SGD(parameters, act.lr, act.momentum, weight_decay=act.weight_decay, nesterov=act.momentum > 0)
+        return torch.optim.SGD(
+            parameters, act.lr, act.momentum, weight_decay=act.weight_decay, nesterov=act.momentum > 0
+        )
     cls = torch.optim.AdamW if act.optimizer == "adamw" else torch.optim.Adam
     return cls(parameters, act.lr, betas=(act.momentum, 0.999), weight_decay=act.weight_decay)
 

@@ -251,12 +251,8 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             assert isinstance(codec, Codec)
             finish = max((r.finish for r in moving), default=SETTLED)
             window = (self._every + 1) / self.steps if self.steps else 0.0  # one last fit where the ramp arrives
-            due = everything
-            if codec.settles:
-                due = due or (t <= finish + window and not last)
-            else:
-                due = due or bool(moving) or epoch or last
-            if not due:
+            follows = t <= finish + window and not last if codec.settles else bool(moving) or epoch or last
+            if not (everything or follows):
                 continue
             now = resolve(codec, t)
             seen = {slot.target.name: slot.seen_by(link) for slot, link in zip(slots, links, strict=True)}
@@ -279,14 +275,16 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         """Tell that one epoch is done: scales and codebooks follow the weights."""
         self._refit(epoch=True)
 
-    def loss(self, inputs: Any, outputs: Any, labels: Any = None, hard: Tensor | None = None) -> Tensor:
+    def loss(
+        self, inputs: Any, outputs: Any, labels: Any = None, hard: Tensor | None = None, guide: Tensor | None = None
+    ) -> Tensor:
         """The loss of all objectives together, plus `hard` (your task's loss) in the weight they leave it.
 
-        One forward of the teacher serves all.  Without objectives it is `hard`.
+        One forward of the teacher serves all; none is run where `guide` holds its logits.  Without objectives the
+        loss is `hard`.
         """
         logits = logits_of(outputs)
-        guide = None
-        if any(o.needs_teacher for o in self._objectives):
+        if guide is None and any(o.needs_teacher for o in self._objectives):
             with torch.no_grad():
                 guide = logits_of(forward(self.teacher, inputs))
         seen = Seen(inputs, logits, labels, guide, hard)
@@ -335,7 +333,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             b.copy_(state[name])
         for slot in self._slots:
             for i, link in enumerate(slot.links):
-                for n, b in list(link.state.named_buffers()) if link.state is not None else ():
+                for n, _ in list(link.state.named_buffers()) if link.state is not None else ():
                     setattr(link.state, n, state[f"{slot.target.name}/link{i}.{n}"].clone())
 
     def resume(self, done: int) -> None:

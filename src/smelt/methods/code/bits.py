@@ -30,7 +30,7 @@ class Bits(Lossless):
         flat = x.detach().cpu().contiguous().reshape(-1)
         kept = _range(flat)
         if kept is None:
-            own = flat.view(torch.uint8).clone()
+            own = flat.view(torch.uint8).clone() if flat.numel() else torch.empty(0, dtype=torch.uint8)
             return Encoded(form.Bits(8 * x.dtype.itemsize), {"packed": own}, x.shape, x.dtype)
         low, bits = kept
         source = flat.numpy()

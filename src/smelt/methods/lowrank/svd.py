@@ -35,7 +35,7 @@ class SVD(Rewrite):
     needs training: a little, to recover, below about half of the parameters
     good at: large linear layers: smaller and faster on everything, and still ordinary layers
     bad at: small kernels and thin layers, where two layers are slower than one
-    source: Eckart & Young 1936; channel: Zhang et al. 2016, arXiv:1505.06798; spatial: Tai et al. 2016, arXiv:1511.06067
+    source: Eckart, Young 1936; channel: Zhang et al. 2015, arXiv:1505.06798; spatial: Tai et al. 2015, arXiv:1511.06067
     """
 
     ratio: float | None = setting(
@@ -61,7 +61,9 @@ class SVD(Rewrite):
         if len(target.places) > 1:
             return "its weight is shared with " + ", ".join(".".join(place) for place in target.places[1:])
         if module._forward_hooks or module._forward_pre_hooks:
-            return "a hook acts on the layer (a codec at its input or output, say) and would be lost; put this step before"
+            return (
+                "a hook acts on the layer (a codec at its input or output, say) and would be lost; put this step before"
+            )
         return None if path else "it is the whole model; put the layer into a module"
 
     @torch.no_grad()
@@ -100,7 +102,7 @@ class SVD(Rewrite):
     def _chain(self, target: Target, left: Tensor, right: Tensor) -> Replace:
         """left [m, r] and right [r, n], with matrix ~ left @ right."""
         module, shape, rank = target.module, target.tensor.shape, right.shape[0]
-        bias = module.bias
+        bias: Any = module.bias
         if isinstance(module, nn.Linear):
             first: dict[str, Any] = {"in_features": module.in_features, "out_features": rank, "bias": False}
             second: dict[str, Any] = {"in_features": rank, "out_features": module.out_features}

@@ -25,8 +25,7 @@ class Weights(Codec):
     `ratio` is the share of zeros in each tensor (scope local) or in all of them together (scope global); weights
     that earlier steps zeroed count as zeros and stay so.  `pattern: N:M` keeps the best N of every M consecutive
     weights along the last dimension (of the flattened kernel for convolutions).  Under `train`, `ratio` may ramp
-    (gradual pruning); pruned weights get no gradient unless `regrow` lets them learn and come back
-    (straight-through, as in dynamic network surgery, Guo et al. 2016, arXiv:1608.04493).
+    (gradual pruning); pruned weights get no gradient.
 
     applies to: every floating tensor; linear, convolution, embedding
     needs a pretrained model: yes, or ramps from scratch inside train
@@ -43,7 +42,6 @@ class Weights(Codec):
     score: str = setting("magnitude", "how important a weight is")
     scope: str = setting("local", "rank within each tensor, or over all", choices=("local", "global"))
     pattern: str | None = setting(None, "N:M, keep N of every M in place of a ratio")
-    regrow: bool = setting(False, "inside train, pruned weights learn on and may come back")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +49,9 @@ class Weights(Codec):
         if self.pattern is not None:
             self._pattern()
             if isinstance(self.ratio, Ramp) or self.scope == "global":
-                raise RecipeError(f"prune.weights.pattern {self.pattern!r} fixes the ratio; take ratio ramps and scope out")
+                raise RecipeError(
+                    f"prune.weights.pattern {self.pattern!r} fixes the ratio; take ratio ramps and scope out"
+                )
 
     def _pattern(self) -> tuple[int, int]:
         match = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
@@ -103,8 +103,7 @@ class Weights(Codec):
         return Encoded(Sparse(), {"mask": mask.clone(), "values": torch.where(mask, x, 0)}, x.shape, x.dtype)
 
     def simulate(self, x: Tensor, state: State) -> Tensor:
-        masked = x * state.mask.to(x.dtype)
-        return x + (masked - x).detach() if self.regrow else masked
+        return x * state.mask.to(x.dtype)
 
 
 def _kept(n: int, ratio: float | Ramp) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,9 @@ class Affine(Codec):
             return ()
         if self.per == "token" or self.range != "minmax":
             wrong = "per: token" if self.per == "token" else f"range: {self.range}"
-            raise RecipeError(f"{self.name}: {wrong} at {place} is known at run time only; take dynamic: true, learn: false")
+            raise RecipeError(
+                f"{self.name}: {wrong} at {place} is known at run time only; take dynamic: true, learn: false"
+            )
         return ("range",)
 
     def fit(self, x: Tensor, stats: Stats) -> State:
@@ -193,7 +195,7 @@ class Affine(Codec):
         return (0, x.shape[-1]) if per == "token" else (self.axis or 0, 0)
 
     def _form(self, x: Tensor, state: State) -> affine.Affine:
-        scale = state.scale
+        scale: Any = state.scale
         group = 0 if scale.dim() < 2 else x.shape[-1] if self.per == "token" else self.group
         axis = (None, self.axis or 0, 0)[scale.dim()]
         return affine.Affine(axis, group, self.bits, getattr(state, "zero", None) is None)
@@ -207,9 +209,10 @@ class Affine(Codec):
 
     def _scale(self, state: State) -> Tensor:
         """Positive, and rounded to how it is stored."""
-        kind = self._stored(state.scale)
+        raw: Any = state.scale
+        kind = self._stored(raw)
         least = max(torch.finfo(kind).smallest_normal / 1024, torch.finfo(torch.float32).tiny)
-        scale = state.scale.abs().clamp(least, torch.finfo(kind).max)
+        scale: Tensor = raw.abs().clamp(least, torch.finfo(kind).max)
         return scale.detach().to(kind).to(scale.dtype) + (scale - scale.detach())
 
 

@@ -1,0 +1,421 @@
+"""The command line: one verb per command, errors in one line, results on stdout and all else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from smelt import demo
+from smelt.compress import compress
+from smelt.core import shelf
+from smelt.core.data import Data
+from smelt.core.errors import DataError, ModelError, OutputError, RecipeError, SmeltError
+from smelt.core.job import Job
+from smelt.core.method import Codec, Method, Objective, Rewrite
+from smelt.core.named import function_at
+from smelt.core.recipe import Recipe, Train
+from smelt.core.settings import Ramp
+from smelt.core.source import Source
+from smelt.core.store import store_of
+from smelt.data._read import open_data
+from smelt.formats import smelt as smelt_file
+from smelt.formats._container import check_output
+from smelt.measure import measure
+from smelt.measures.accuracy import METRICS, named
+from smelt.measures.bytes import checkpoint_bytes
+from smelt.models._open import PICKLES, open_model
+from smelt.reports import html, terminal
+from smelt.reports._stages import times
+from smelt.version import __version__
+
+INTERRUPTED = 130
+MODEL = "a built-in name such as lenet or 'lenet(hidden=100)', module:function, or a .smelt file"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see core/errors.py)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    args = argparse.Namespace(debug=False)
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+        return 0
+    except SmeltError as error:
+        if args.debug:
+            raise
+        _say(" ".join(str(error).split()))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say(f"interrupted{getattr(args, 'interrupted', '')}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _compress(args: argparse.Namespace) -> None:
+    outputs = [args.output, *([args.report] if args.report else [])]
+    for path in outputs:
+        _check_output(path, args.force)
+    recipe = _recipe(args.recipe)
+    cache = (
+        None if args.no_cache else args.cache or Path(os.environ.get("SMELT_CACHE") or "~/.cache/smelt").expanduser()
+    )
+    data, metric = _data(args), _metric(args.metric)
+    source = _source(args.model, args.weights, args)
+    teacher = _source(args.teacher, args.teacher_weights, args, "teacher").module if args.teacher else None
+    kept = cache is not None and (data is None or data.fingerprint is not None)
+    why = "--no-cache" if cache is None else "this data has no fingerprint"
+    args.interrupted = (
+        f"; the same command goes on from here (kept in {cache})" if kept else f"; nothing was kept: {why}"
+    )
+    job = Job(
+        data,
+        metric,
+        teacher=teacher.eval().to(args.device) if teacher is not None else None,
+        device=args.device,
+        seed=args.seed,
+        cache=cache,
+        latency=not args.no_latency,
+        threads=args.threads,
+    )
+    with terminal.TerminalProgress() as progress:
+        result = compress(source, recipe, job, progress=progress)
+    size = result.save(args.output, force=args.force)
+    if args.report:
+        html.write(result.report, args.report, title=f"{Path(args.model).name}, {recipe.name}", force=args.force)
+    if args.json:
+        plain = {"file": str(args.output), "bytes": size, "ratio": result.report.ratio(), **result.report.to_plain()}
+        _print_json(plain)
+        return
+    out = _console()
+    out.print(terminal.stage_table(result.report, out.width))
+    out.print(
+        Text(f"\nwrote {' and '.join(map(str, outputs))}: {times(result.report.ratio())} smaller than the checkpoint")
+    )
+
+
+def _measure(args: argparse.Namespace) -> None:
+    source = _source(args.model, args.weights, args)
+    assert source.module is not None
+    size = Path(args.model).stat().st_size if _is_file(args.model) else None
+    rows = measure(
+        source.module,
+        _data(args),
+        _metric(args.metric),
+        device=args.device,
+        latency=not args.no_latency,
+        threads=args.threads,
+        size=size,
+        after=Path(args.model).name,
+    )
+    checkpoint = checkpoint_bytes(source.module)
+    if args.json:
+        ratio = checkpoint / rows[0].value
+        _print_json(
+            {"model": args.model, "checkpoint": checkpoint, "ratio": ratio, "rows": [asdict(row) for row in rows]}
+        )
+        return
+    out = _console()
+    out.print(terminal.measure_table(rows, args.model))
+    if size is not None:
+        out.print(
+            Text(f"{times(checkpoint / size)} smaller than the same model as a checkpoint of {checkpoint:,} bytes")
+        )
+    if not args.data:
+        out.print(Text("MACs, memory, latency and accuracy need data: --data digits", "dim"))
+
+
+def _show(args: argparse.Namespace) -> None:
+    found = smelt_file.show(args.file)
+    if args.json:
+        _print_json(found)
+        return
+    out = _console()
+    call = ", ".join(f"{k}={v!r}" for k, v in found["arguments"].items())
+    lines = {
+        "file": f"{found['file']}, format version {found['version']}",
+        "bytes": f"{found['bytes']:,}: {found['leaf bytes']:,} of tensors, {found['meta bytes']:,} of everything else",
+        "built by": f"{found['builder']}({call})" if found["builder"] else "nothing named; load it into a module",
+        "activations": "; ".join(f"{codec} at the {at} of {path}" for path, at, codec in found["activations"]),
+    }
+    out.print(terminal.facts({k: v for k, v in lines.items() if v}))
+    out.print(terminal.layer_table([{**t, "stored": t["tree"]} for t in found["tensors"]]))
+    if found["edits"]:
+        out.print(Text("edits", "bold"))
+        for edit in found["edits"]:
+            out.print(Text("  " + " ".join(map(str, edit))), no_wrap=True, overflow="ellipsis")
+    if found["recipe"]:
+        out.print(Text("recipe", "bold"))
+        out.print(Text(yaml.safe_dump(found["recipe"], sort_keys=False, width=90, default_flow_style=None)))
+    if found["report"]:
+        out.print(Text("measured, by step", "bold"))
+        for step, name, value in found["report"]:
+            out.print(Text(f"  {step}  {name}: {value:,}"))
+
+
+def _methods(args: argparse.Namespace) -> None:
+    names = [n for n in shelf.names("methods") if args.name in (None, n) or n.startswith(f"{args.name}.")]
+    if args.name == "train":
+        found = {"train": _described("train", Train)}
+    elif args.name and not names:
+        shelf.module("methods", args.name)  # raises, and says what is near
+    else:
+        found = {name: _described(name, shelf.load("methods", name, Method)) for name in names}
+    if args.json:
+        _print_json(found)
+        return
+    out = _console()
+    cards = {name: method["card"] for name, method in found.items()}
+    if args.name not in found:
+        out.print(terminal.methods_table(cards, out.width))
+        out.print(Text("smelt methods NAME shows the settings of one", "dim"))
+        return
+    method = found[args.name]
+    out.print(terminal.method_card(args.name, method["card"]))
+    if method["settings"]:
+        out.print(terminal.settings_table(method["settings"]))
+    out.print(Text("in a recipe", "bold"))
+    out.print(Text("\n".join(f"  {line}" for line in method["example"].splitlines())))
+
+
+def _described(name: str, cls: Any) -> dict[str, Any]:
+    """A method as plain data: what kind it is, its card, its settings and a line of a recipe."""
+    card = cls.card() if issubclass(cls, Method) else {"does": (cls.__doc__ or "").strip()}
+    settings = [_setting(f) for f in fields(cls)]
+    first = next((s for s in settings if s["default"] not in ("None", "")), None)
+    line = {name: {first["name"]: yaml.safe_load(str(first["default"]))} if first else {}}
+    step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
+    kinds = {Rewrite: "changes the structure", Objective: "adds to the training loss", Train: "trains"}
+    lossless = issubclass(cls, Codec) and cls.lossless
+    stored = "codes without loss" if lossless else "stores in another form"
+    return {
+        "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
+        "card": card,
+        "settings": settings,
+        "example": yaml.safe_dump([step], sort_keys=False, default_flow_style=None, width=90).strip(),
+    }
+
+
+def _setting(f: Any) -> dict[str, str]:
+    low, high, choices = (f.metadata.get(key) for key in ("low", "high", "choices"))
+    span = f"{low} to {high}" if None not in (low, high) else f"from {low}" if low is not None else ""
+    return {
+        "name": f.name,
+        "type": str(getattr(f.type, "__name__", f.type)).replace(f" | {Ramp.__name__}", ", may ramp"),
+        "default": "" if f.default is MISSING else str(f.default),
+        "range": " | ".join(map(str, choices)) if choices else span or (f"to {high}" if high is not None else ""),
+        "doc": f.metadata.get("doc", ""),
+    }
+
+
+def _demo(args: argparse.Namespace) -> None:
+    console = _console(sys.stderr if args.json else sys.stdout)
+    report = demo.run(Path(args.out), seed=args.seed, force=args.force, console=console)
+    if args.json:
+        _print_json({"ratio": report.ratio(), **report.to_plain()})
+
+
+def _is_file(spec: str) -> bool:
+    return spec.endswith(".smelt") or Path(spec).is_file()
+
+
+def _source(spec: str, weights: str | None, args: argparse.Namespace, role: str = "model") -> Source:
+    """What a text names, with its module, on the device."""
+    if Path(spec).suffix in (*PICKLES, ".safetensors"):
+        raise ModelError(f"{spec!r} holds weights; name the model too: lenet --weights {spec}")
+    if _is_file(spec):
+        if weights:
+            raise ModelError(f"{spec!r} has its own weights; take --weights out, or name a builder")
+        module = smelt_file.load(spec, trust=args.trust)
+        held = store_of(module).source or Source()
+        builder, arguments = held.builder, dict(held.arguments)
+    else:
+        torch.manual_seed(getattr(args, "seed", 0))
+        module, builder, arguments = open_model(spec, weights)
+        if not weights and builder in shelf.names("models"):
+            if role == "teacher":
+                raise ModelError(f"teacher {spec!r} knows nothing yet; give --teacher-weights, or a .smelt file")
+            _say(f"note: {builder} has random weights; give --weights FILE")
+    return Source.of(module.eval().to(args.device), builder, arguments)
+
+
+def _data(args: argparse.Namespace) -> Data | None:
+    if args.data is None:
+        return None
+    return open_data(args.data, args.batch_size, args.seed, args.image_size)
+
+
+def _metric(text: str) -> str | Callable[..., Any]:
+    if ":" in text:
+        return function_at(text, DataError)
+    named(text)
+    return text
+
+
+def _recipe(text: str) -> Recipe:
+    own = demo.RECIPES / f"{text}.yaml"
+    return Recipe.of(own if "/" not in text and not Path(text).exists() and own.is_file() else Path(text))
+
+
+def _check_output(path: Path, force: bool) -> None:
+    check_output(path, force)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{str(path)!r}: the folder {str(path.parent)!r} is not writable")
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return text
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return number
+
+
+def _console(file: Any = None) -> Console:
+    """On stdout; where that is no terminal, wide enough for the tables."""
+    console = Console(file=file or sys.stdout, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
+    return console
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, default=str))
+
+
+def _say(text: str) -> None:
+    print(f"smelt: {text}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="smelt", description="Compress trained neural networks.", epilog=EXAMPLES["smelt"])
+    parser.add_argument("--version", action="version", version=f"smelt {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text + ".", epilog=EXAMPLES[name])
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return made
+
+    c = verb("compress", _compress, "run a recipe on a trained model and write a .smelt file")
+    _model_options(c)
+    c.add_argument(
+        "--recipe", required=True, metavar="FILE", help=f"a .yaml file, or one of ours: {', '.join(_recipes())}"
+    )
+    c.add_argument("-o", "--output", required=True, type=Path, metavar="OUT.smelt", help="the file to write")
+    c.add_argument("--report", type=Path, metavar="PAGE.html", help="also write a page with everything measured")
+    c.add_argument("--force", action="store_true", help="replace files that exist")
+    c.add_argument("--teacher", metavar="MODEL", help="whom distill.* follows; default: the model as it came")
+    c.add_argument("--teacher-weights", metavar="FILE", help="the teacher's weights")
+    c.add_argument("--cache", type=Path, metavar="DIR", help="where steps are kept ($SMELT_CACHE, else ~/.cache/smelt)")
+    c.add_argument("--no-cache", action="store_true", help="keep nothing; an interrupted run starts anew")
+
+    m = verb("measure", _measure, "measure a model or a .smelt file")
+    _model_options(m)
+
+    s = verb("show", _show, "show what is in a .smelt file")
+    s.add_argument("file", metavar="FILE.smelt")
+
+    t = verb("methods", _methods, "compare the methods, or show one with its settings")
+    t.add_argument(
+        "name", nargs="?", metavar="NAME", help="a method such as share.kmeans, a group such as prune, or train"
+    )
+
+    d = verb(
+        "demo", _demo, "train a small network on scikit-learn's digits, compress it, write demo.smelt and report.html"
+    )
+    d.add_argument("--out", default=".", metavar="DIR", help="folder for the two files (default: here)")
+    d.add_argument("--seed", type=int, default=0, help="of the split, the training and the recipe (default: 0)")
+    d.add_argument("--force", action="store_true", help="replace files that exist")
+    return parser
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("--weights", metavar="FILE", help="a state dict: .pt, .pth, .th or .safetensors")
+    p.add_argument("--trust", action="store_true", help="run the function that a .smelt file names as its builder")
+    p.add_argument("--data", metavar="DATA", help="digits, a .npz file, a folder of images, or module:function")
+    p.add_argument("--batch-size", type=_positive, metavar="N", help="samples per batch")
+    p.add_argument("--image-size", type=_positive, metavar="N", help="pixels to which a folder's images are scaled")
+    p.add_argument("--metric", default="accuracy", help=f"{', '.join(METRICS)}, or module:function (default: accuracy)")
+    p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
+    p.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    p.add_argument("--threads", type=_positive, metavar="N", help="threads of the latency measurement")
+    p.add_argument("--no-latency", action="store_true", help="do not time forward passes")
+
+
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in demo.RECIPES.glob("*.yaml"))
+
+
+EXAMPLES = {
+    "smelt": """examples:
+  smelt demo                                              # a minute; writes demo.smelt and report.html
+  smelt methods                                           # what there is, side by side
+  smelt compress lenet --weights lenet.pt --data mnist.npz --recipe recipe.yaml -o lenet.smelt
+  smelt measure lenet.smelt --data mnist.npz
+
+exit codes: 0 done, 2 usage or recipe, 3 model, 4 data, 5 file, 6 output, 130 interrupted""",
+    "compress": """examples:
+  smelt compress lenet --weights lenet.pt --data mnist.npz --recipe recipe.yaml -o lenet.smelt --report report.html
+  smelt compress 'lenet(size=8, kernel=3, padding=1)' --weights digits.pt --data digits --recipe demo -o digits.smelt
+  smelt compress my_models:net --weights net.safetensors --data my_data:load --metric my_data:score \\
+        --recipe recipe.yaml -o net.smelt
+  smelt compress net.smelt --recipe more.yaml -o smaller.smelt      # compress further
+
+Steps are kept in the cache: the same command goes on after an interruption, an edited recipe from the edit.""",
+    "measure": """examples:
+  smelt measure lenet --weights lenet.pt --data mnist.npz
+  smelt measure lenet.smelt --data mnist.npz --json
+  smelt measure net.smelt --trust --data my_data:load --metric loss""",
+    "show": """examples:
+  smelt show lenet.smelt
+  smelt show lenet.smelt --json | jq '.tensors[] | {name, bytes, bits}'""",
+    "methods": """examples:
+  smelt methods
+  smelt methods prune
+  smelt methods share.kmeans
+  smelt methods train""",
+    "demo": """examples:
+  smelt demo
+  smelt demo --out /tmp/demo --seed 3 --force""",
+}
+
+
+def _main() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _main()
