@@ -1,13 +1,14 @@
 # make demo    the main job, end to end, on real data
 # make test    the whole suite
 # make check   lint, format and types
+# make peers   the environments of the libraries that benchmarks compare with
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format peers clean
 
 demo: $(READY)
 	$(BIN)/smelt demo --force
@@ -28,6 +29,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+peers: benchmarks/.peers/nncodec/.ready
+
+benchmarks/.peers/nncodec/.ready: benchmarks/requirements-nncodec.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -71,9 +71,8 @@ def run_cells(
         for path in paths:
             path.unlink(missing_ok=True)
     todo = [i for i, path in enumerate(paths) if not path.exists()]
-    print(
-        f"{name}: {len(cells)} cells, {len(cells) - len(todo)} kept; about {_minutes(len(todo) * seconds / max(1, jobs))} to go"
-    )
+    expected = _minutes(len(todo) * seconds / max(1, jobs))
+    print(f"{name}: {len(cells)} cells, {len(cells) - len(todo)} kept; about {expected} to go", flush=True)
     start = time.time()
     if todo:
         context = multiprocessing.get_context("spawn")
@@ -107,7 +106,7 @@ def conditions() -> str:
     import torch
 
     import smelt
-    from smelt.measure import processor
+    from smelt.compress import processor
 
     return f"smelt {smelt.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {processor()}"
 

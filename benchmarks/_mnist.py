@@ -24,16 +24,22 @@ def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def data(folder: Path, seed: int, batch_size: int, train: int | None = None) -> Data:
-    """The plain data set: `HELD_OUT` training images for selection, drawn by seed."""
+    """The data set, training images shifted at random; `HELD_OUT` of them, drawn by seed, for selection."""
     x, y = read(folder, "train")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held, rest = order[:HELD_OUT], order[HELD_OUT:][:train]
     return Data(
-        Batches(x[rest], y[rest], batch_size, shuffle=True, seed=seed),
+        Batches(x[rest], y[rest], batch_size, shuffle=True, seed=seed, transform=shift),
         Batches(x[held], y[held], 1000),
         Batches(*read(folder, "test"), 1000),
         name="MNIST",
     )
+
+
+def shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each quarter of a batch moved by at most one pixel each way (the images have black borders)."""
+    moves = torch.randint(-1, 2, (4, 2), generator=generator).tolist()
+    return torch.cat([torch.roll(part, move, (2, 3)) for part, move in zip(x.chunk(4), moves, strict=False)])
 
 
 def augment(x: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:

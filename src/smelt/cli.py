@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,20 +22,20 @@ from smelt.core import shelf
 from smelt.core.data import Data
 from smelt.core.errors import DataError, ModelError, OutputError, RecipeError, SmeltError
 from smelt.core.job import Job
-from smelt.core.method import Codec, Method, Objective, Rewrite
+from smelt.core.method import Method
 from smelt.core.named import function_at
+from smelt.core.output import check_output
 from smelt.core.recipe import Recipe, Train
-from smelt.core.settings import Ramp
 from smelt.core.source import Source
 from smelt.core.store import store_of
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
-from smelt.formats._container import check_output
 from smelt.measure import measure
 from smelt.measures.accuracy import METRICS, named
 from smelt.measures.bytes import checkpoint_bytes
 from smelt.models._open import PICKLES, open_model
 from smelt.reports import html, terminal
+from smelt.reports._methods import described
 from smelt.reports._stages import times
 from smelt.version import __version__
 
@@ -153,7 +153,7 @@ def _show(args: argparse.Namespace) -> None:
         "activations": "; ".join(f"{codec} at the {at} of {path}" for path, at, codec in found["activations"]),
     }
     out.print(terminal.facts({k: v for k, v in lines.items() if v}))
-    out.print(terminal.layer_table([{**t, "stored": t["tree"]} for t in found["tensors"]]))
+    out.print(terminal.layer_table([{**t, "stored": t["rest"]} for t in found["tensors"]]))
     if found["edits"]:
         out.print(Text("edits", "bold"))
         for edit in found["edits"]:
@@ -170,11 +170,11 @@ def _show(args: argparse.Namespace) -> None:
 def _methods(args: argparse.Namespace) -> None:
     names = [n for n in shelf.names("methods") if args.name in (None, n) or n.startswith(f"{args.name}.")]
     if args.name == "train":
-        found = {"train": _described("train", Train)}
+        found = {"train": described("train", Train)}
     elif args.name and not names:
         shelf.module("methods", args.name)  # raises, and says what is near
     else:
-        found = {name: _described(name, shelf.load("methods", name, Method)) for name in names}
+        found = {name: described(name, shelf.load("methods", name, Method)) for name in names}
     if args.json:
         _print_json(found)
         return
@@ -190,36 +190,6 @@ def _methods(args: argparse.Namespace) -> None:
         out.print(terminal.settings_table(method["settings"]))
     out.print(Text("in a recipe", "bold"))
     out.print(Text("\n".join(f"  {line}" for line in method["example"].splitlines())))
-
-
-def _described(name: str, cls: Any) -> dict[str, Any]:
-    """A method as plain data: what kind it is, its card, its settings and a line of a recipe."""
-    card = cls.card() if issubclass(cls, Method) else {"does": (cls.__doc__ or "").strip()}
-    settings = [_setting(f) for f in fields(cls)]
-    first = next((s for s in settings if s["default"] not in ("None", "")), None)
-    line = {name: {first["name"]: yaml.safe_load(str(first["default"]))} if first else {}}
-    step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
-    kinds = {Rewrite: "changes the structure", Objective: "adds to the training loss", Train: "trains"}
-    lossless = issubclass(cls, Codec) and cls.lossless
-    stored = "codes without loss" if lossless else "stores in another form"
-    return {
-        "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
-        "card": card,
-        "settings": settings,
-        "example": yaml.safe_dump([step], sort_keys=False, default_flow_style=None, width=90).strip(),
-    }
-
-
-def _setting(f: Any) -> dict[str, str]:
-    low, high, choices = (f.metadata.get(key) for key in ("low", "high", "choices"))
-    span = f"{low} to {high}" if None not in (low, high) else f"from {low}" if low is not None else ""
-    return {
-        "name": f.name,
-        "type": str(getattr(f.type, "__name__", f.type)).replace(f" | {Ramp.__name__}", ", may ramp"),
-        "default": "" if f.default is MISSING else str(f.default),
-        "range": " | ".join(map(str, choices)) if choices else span or (f"to {high}" if high is not None else ""),
-        "doc": f.metadata.get("doc", ""),
-    }
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ from smelt.formats import smelt as smelt_file
 from smelt.measure import examples, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
 from smelt.measures.bytes import checkpoint_bytes
+from smelt.models._open import open_model
 from smelt.train.loop import Loop, fit
 from smelt.version import __version__
 
@@ -102,8 +103,7 @@ class _Run:
     def run(self) -> Result:
         check_finite(targets(self.given))
         self._check_data()
-        self.blank = _copy(self.given)
-        store_of(self.blank).edits = []
+        self.blank = self._bare()
         keep = Path(self.job.cache) if self.job.cache is not None and self._key(0) else None
         if self.job.cache is not None and keep is None:
             self.report.notes.append("nothing was cached: the data has no fingerprint")
@@ -119,6 +119,18 @@ class _Run:
                 self.progress.end(self._summary(index))
             model = self._finish(model, Path(scratch))
         return Result(model, self.report, self.recipe)
+
+    def _bare(self) -> nn.Module:
+        """The module as its builder made it, for files to be loaded into."""
+        if not store_of(self.given).edits:
+            bare = _copy(self.given)
+            bare.__dict__.pop("_smelt", None)
+            return bare
+        if self.source.builder is None:
+            raise ModelError(
+                "this model's structure was changed before; give smelt.Source.of(model, builder, arguments)"
+            )
+        return open_model(self.source.builder, None, dict(self.source.arguments))[0]
 
     def _step(self, index: int, step: Step, model: nn.Module, folder: Path) -> nn.Module:
         """Act, write, load and measure; or take all of it from the cache."""
@@ -258,18 +270,18 @@ class _Run:
             "smelt": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "machine": _processor(),
+            "machine": processor(),
             "device": self.job.device,
             "data": self.job.data.name if self.job.data else "none",
             "seed": str(self.job.seed),
             "file, step 0": "the model as a safetensors checkpoint, floats as fp32",
-            "latency": f"one forward of a batch of {size}, {threads} threads, median and quartiles of 30 after 5 to warm up",
+            "latency": f"forward of a batch of {size}, {threads} threads; median and quartiles of 30, after 5 to warm up",
             "peak memory": f"live tensors (weights, inputs, activations) during one forward of a batch of {size}",
         }
         stored = [e.encoded for e in store_of(self.given).entries.values()]
         if any(row.simulated for row in self.report.rows) or stored:
             self.report.notes.append(
-                "rows marked simulated ran dense: no kernel serves what is stored, so neither time nor memory is saved by it"
+                "rows marked simulated ran dense: no kernel serves what is stored, so it saves neither time nor memory"
             )
 
 
@@ -300,7 +312,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the numbers were taken on, e.g. 'AMD EPYC 9B45, 2 cores'."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,15 @@ from torch import nn
 
 from smelt.compress import compress
 from smelt.core.data import Data
-from smelt.core.errors import FileError
+from smelt.core.errors import FileError, OutputError
 from smelt.core.job import Job
+from smelt.core.output import check_output
 from smelt.core.progress import Progress
 from smelt.core.recipe import Recipe, Step, Train
 from smelt.core.report import Report
 from smelt.core.source import Source
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
-from smelt.formats._container import check_output
 from smelt.measures.accuracy import evaluate
 from smelt.models._open import open_model
 from smelt.reports import html, terminal
@@ -29,7 +31,7 @@ from smelt.version import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
 NETWORK: dict[str, Any] = {"size": 8, "kernel": 3, "padding": 1}
-LEARN = Train(epochs=40, lr=2e-3, keep="last")
+LEARN = Train(epochs=60, lr=3e-3, optimizer="adamw", weight_decay=0.3, keep="last")
 
 
 def run(folder: Path, *, seed: int = 0, force: bool = False, console: Console | None = None) -> Report:
@@ -40,13 +42,15 @@ def run(folder: Path, *, seed: int = 0, force: bool = False, console: Console | 
     """
     console = console or Console()
     file, page = folder / "demo.smelt", folder / "report.html"
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be made: {error.strerror}") from None
     for path in (file, page):
         check_output(path, force)
     data = open_data("digits", None, seed)
     recipe = Recipe.of(RECIPES / "demo.yaml")
-    with terminal.TerminalProgress() as progress:
+    with _one_thread(), terminal.TerminalProgress() as progress:
         source = train_network(data, seed, progress)
         result = compress(source, recipe, Job(data, seed=seed), progress=progress)
     size = result.save(file, force=force)
@@ -75,3 +79,14 @@ def train_network(data: Data, seed: int = 0, progress: Progress | None = None) -
     progress.end(f"accuracy {evaluate(model, data.test or (), 'accuracy'):.2f}%")
     assert isinstance(model, nn.Module)
     return Source.of(model, builder, arguments)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More threads would only wait for each other: this network is that small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -81,7 +81,7 @@ def test_errors_name_line_key_and_what_is_right(old: str, new: str, kind: type, 
 
 
 def test_missing_file_and_empty_recipe() -> None:
-    with pytest.raises(RecipeError, match="no recipe file 'nowhere.yaml'"):
+    with pytest.raises(RecipeError, match=r"no recipe file 'nowhere\.yaml'"):
         Recipe.of("nowhere.yaml")
     with pytest.raises(RecipeError, match="one step or more"):
         Recipe.of({"steps": []})

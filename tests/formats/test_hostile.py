@@ -1,10 +1,8 @@
-"""Damaged, foreign and forged files: one FileError, or the same content; and what happens when writing fails."""
+"""Damaged, foreign and forged files: one FileError, or the same content."""
 
 import copy
-import errno
 import json
 import os
-import shutil
 import struct
 import time
 import tracemalloc
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from smelt.core import shelf
 from smelt.core.edit import Keep, Set
 from smelt.core.encoded import Encoded
-from smelt.core.errors import FileError, OutputError
+from smelt.core.errors import FileError
 from smelt.core.method import State, make
 from smelt.core.source import Source
 from smelt.core.store import Activation, apply_edits, store, store_of
@@ -54,7 +52,7 @@ def build() -> nn.Module:
 
 
 def compressed() -> nn.Module:
-    """A model whose file has everything a file can have: leaves in the head and behind it, an aligned one."""
+    """A model whose file has everything a file can have, leaves in the head and behind it."""
     model = build()
     store_of(model).source = Source(builder="tests.formats.test_hostile:build")
     apply_edits(model, [Keep("1.weight", 1, tuple(range(30))), Set("0", "out_features", 30)], "1: test")
@@ -69,7 +67,7 @@ def compressed() -> nn.Module:
             codes = (x * 100).to(torch.int8)
             tree = Encoded(Affine(), {"codes": codes, "scale": torch.tensor(0.01)}, x.shape, x.dtype)
         store(model, target, tree, "2: test")
-    one = Activation("0", "input", make("test.act", {"bits": 3}), State(scale=torch.ones(1030), learn=("scale",)))
+    one = Activation("0", "input", make("test.act", {"bits": 3}), State(scale=torch.ones(100), learn=("scale",)))
     one.install(model)
     store_of(model).activations.append(one)
     return model
@@ -77,9 +75,10 @@ def compressed() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shelf.register("methods", "test.act", "tests.formats.act")
     path = tmp_path_factory.mktemp("good") / "net.smelt"
-    save(compressed(), path, tail=TAIL, recipe={"steps": [{"code.bits": {}}]}, report=[[0, "bytes", 3]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shelf, "_registered", {"methods": {"test.act": "tests.formats.act"}})
+        save(compressed(), path, tail=TAIL, recipe={"steps": [{"code.bits": {}}]}, report=[[0, "bytes", 3]])
     return path
 
 
@@ -110,40 +109,45 @@ def outcome(path: Path) -> Any:
 
 def test_every_truncation_is_noticed(good: Path, tmp_path: Path) -> None:
     data, path = good.read_bytes(), tmp_path / "x"
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
-        with pytest.raises(FileError, match="damaged|no .smelt file"):
-            open_file(path)
     for more in (b"\0", data):
         path.write_bytes(data + more)
         with pytest.raises(FileError, match="damaged"):
             open_file(path)
+    for size in reversed(range(len(data))):
+        os.truncate(path, size)
+        with pytest.raises(FileError, match=r"damaged|no \.smelt file"):
+            open_file(path)
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([old ^ 1 << bit]))
 
 
 def test_every_flipped_bit_of_the_head_is_noticed(good: Path, tmp_path: Path) -> None:
-    data, path = bytearray(good.read_bytes()), tmp_path / "x"
-    end = HEADER.size + HEADER.unpack_from(data)[2]
-    for bit in range(8 * end):
-        data[bit >> 3] ^= 1 << (bit & 7)
-        path.write_bytes(data)
-        with pytest.raises(FileError, match="damaged|no .smelt file|newer"):
-            open_file(path)
-        data[bit >> 3] ^= 1 << (bit & 7)
-    assert bytes(data) == good.read_bytes()
+    path = tmp_path / "x"
+    path.write_bytes(good.read_bytes())
+    for at in range(HEADER.size + HEADER.unpack_from(good.read_bytes())[2]):
+        for bit in range(8):
+            flip(path, at, bit)
+            with pytest.raises(FileError, match=r"damaged|no \.smelt file|newer"):
+                open_file(path)
+            flip(path, at, bit)
+    assert path.read_bytes() == good.read_bytes()
 
 
 def test_flipped_bits_of_leaves_are_noticed(good: Path, tmp_path: Path) -> None:
-    data, path = bytearray(good.read_bytes()), tmp_path / "x"
+    data, path = good.read_bytes(), tmp_path / "x"
+    path.write_bytes(data)
     expected, start = content(good), HEADER.size + HEADER.unpack_from(data)[2]
-    harmless = 0
     for at in range(start, len(data), 41):
-        data[at] ^= 1 << at % 8
-        path.write_bytes(data)
-        found = outcome(path)
-        harmless += found == expected
-        assert found == expected or "checksum of leaf" in found
-        data[at] ^= 1 << at % 8
-    assert harmless <= 2  # only what fills up to the aligned leaf
+        flip(path, at, at % 8)
+        assert "checksum of leaf" in outcome(path)
+        flip(path, at, at % 8)
+    assert outcome(path) == expected
 
 
 def test_foreign_and_newer_files(good: Path, tmp_path: Path) -> None:
@@ -178,18 +182,9 @@ def parts(path: Path) -> tuple[Any, bytes, bytes]:
 
 
 JUNK = [None, 0, -1, 1, 7, -99, 300, 1 << 40, 1 << 62, 0.5, True, "", "x", "f64", "u8", "huffman", "sparse", "../x"]
-JUNK += [
-    [],
-    {},
-    [1],
-    ["f32"],
-    ["u8", 3, 0],
-    {"packed": True},
-    {"gap": 15},
-    {"bits": {"ramp": [0, 1]}},
-    ["tiny", {}, None],
-]
-JUNK += [["bits", {}, 9, "packed", 2], ["keep", "0.weight", 0, "0-16777215"], ["replace", "0", "chain", {"layers": []}]]
+JUNK += [[], {}, [1], ["f32"], ["u8", 3, 0], {"packed": True}, {"gap": 15}, {"bits": {"ramp": [0, 1]}}]
+JUNK += [["tiny", {}, None], ["bits", {}, 9, "packed", 2], ["keep", "0.weight", 0, "0-16777215"]]
+JUNK += [["replace", "0", "chain", {"layers": []}]]
 
 
 def places(data: Any) -> list[tuple[Any, Any]]:
@@ -362,12 +357,9 @@ def test_the_deepest_meta_that_is_written_can_be_read(tmp_path: Path) -> None:
 
 
 def test_truth_values_are_checked(tmp_path: Path) -> None:
-    path = (
-        only(tmp_path, ["bool", 300], [torch.full((300,), 3, dtype=torch.uint8).view(torch.uint8)]) if False else None
-    )
     model = Holder({"w": torch.ones(300, dtype=torch.bool)})
     save(model, path := tmp_path / "x", tail=())
-    meta, rest, behind = parts(path)
+    meta, rest, _ = parts(path)
     forged = bytes([2]) * 300
     rest = rest[:-4] + struct.pack("<I", zlib.crc32(forged))
     with pytest.raises(FileError, match="truth values"), open_file(forge(path, meta, rest, forged)) as file:
@@ -383,32 +375,3 @@ def test_layout() -> None:
     ]
     assert container.layout(slots, 100, 200) == ([200, 100, 5248, 10248], 10548)
     assert SMALL == 256
-
-
-@pytest.mark.parametrize("place", ["os.fsync", "os.replace"])
-@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken")])
-@pytest.mark.parametrize("before", [False, True])
-def test_failing_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, problem: BaseException, before: bool
-) -> None:
-    path = tmp_path / "x"
-    if before:
-        path.write_bytes(b"old")
-
-    def fail(*_: object) -> None:
-        raise problem
-
-    monkeypatch.setattr(place, fail)
-    expected = KeyboardInterrupt if isinstance(problem, KeyboardInterrupt) else OutputError
-    message = "no space is left" if getattr(problem, "errno", 0) == errno.ENOSPC else ""
-    with pytest.raises(expected, match=message):
-        save(compressed(), path, force=True)
-    assert os.listdir(tmp_path) == (["x"] if before else [])
-    assert not before or path.read_bytes() == b"old"
-
-
-def test_no_space_is_found_out_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 0, 9))
-    with pytest.raises(OutputError, match="needs [0-9]+ bytes, and 9 are free"):
-        save(compressed(), tmp_path / "x")
-    assert os.listdir(tmp_path) == []

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from smelt.core import shelf
 from smelt.core.edit import Keep, Remove, Replace, Set, Tie
 from smelt.core.encoded import Encoded
-from smelt.core.errors import FileError, ModelError, OutputError
+from smelt.core.errors import FileError, ModelError
 from smelt.core.method import State, make
 from smelt.core.source import Source
-from smelt.core.store import Activation, Entry, apply_edits, store, store_of
+from smelt.core.store import Activation, apply_edits, store, store_of
 from smelt.core.target import targets
-from smelt.formats._container import DTYPES, WORDS
+from smelt.formats._container import DTYPES
+from smelt.formats._words import WORDS
 from smelt.formats.smelt import load, open_file, save, show
 from smelt.forms.affine import Affine
 from smelt.forms.codebook import Codebook
@@ -369,50 +369,6 @@ def test_changed_behind_the_store(tmp_path: Path) -> None:
         model.fc1.bias += 1
     with pytest.raises(ModelError, match=r"fc1.bias.*changed after 1: test"):
         save(model, tmp_path / "a")
-
-
-def test_deterministic(tmp_path: Path) -> None:
-    for name in "ab":
-        save(lenet(inputs=50), tmp_path / name, tail=TAIL, recipe={"steps": []}, report=[[0, "bytes", 3]])
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_what_cannot_be_read_again_is_not_written(tmp_path: Path) -> None:
-    model = Holder({"w": torch.zeros(3)})
-    with pytest.raises(ModelError, match=r"recipe\.a\[1\]: .* is no plain data"):
-        save(model, tmp_path / "a", recipe={"a": [1, object()]})
-    with pytest.raises(ModelError, match=r"w \[3\] is .* on meta"):
-        save(Holder({"w": torch.zeros(3, device="meta")}), tmp_path / "a")
-    store_of(model).entries["w"] = Entry(Encoded(Tiny(), {"x": torch.zeros(3)}, model.w.shape, model.w.dtype), ("1",))
-    shelf._registered.clear()
-    with pytest.raises(ModelError, match="Tiny is not on the shelf 'forms' as 'tiny'"):
-        save(model, tmp_path / "a")
-    assert os.listdir(tmp_path) == []
-
-
-def test_existing_and_unwritable_paths(tmp_path: Path) -> None:
-    model, path = Holder({"w": torch.zeros(3)}), tmp_path / "a"
-    save(model, path)
-    before = path.read_bytes()
-    with pytest.raises(OutputError, match="exists; to replace it pass force=True or --force"):
-        save(model, path)
-    assert path.read_bytes() == before
-    model.w.data += 1
-    save(model, path, force=True)
-    assert path.read_bytes() != before
-    for bad in (tmp_path, tmp_path / "no" / "a", tmp_path / ("x" * 300)):
-        with pytest.raises(OutputError):
-            save(model, bad, force=True)
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_an_open_file_may_be_replaced(tmp_path: Path) -> None:
-    x = torch.randn(100, 100)
-    save(Holder({"w": x}), path := tmp_path / "a", tail=())
-    with open_file(path) as file:
-        w = file.tensor("w")
-        save(Holder({"w": torch.zeros(1)}), path, force=True)
-        assert torch.equal(w, x) and torch.equal(file.tensor("w"), x)
 
 
 def test_show(tmp_path: Path) -> None:

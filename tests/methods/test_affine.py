@@ -81,7 +81,8 @@ def test_where_the_scales_stand() -> None:
     assert grouped.parts["scale"].shape == (4, 3)  # 18 = 8 + 8 + 2
     top = x.reshape(4, 18)[:, 16:].abs().amax(1) / 7
     torch.testing.assert_close(grouped.parts["scale"][:, 2], top)
-    assert encode(randn(5)).parts["scale"].shape == ()
+    for per in ("channel", "tensor", "group"):
+        assert encode(randn(5), per=per).parts["scale"].shape == ()
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
@@ -182,6 +183,7 @@ def test_dynamic_activations() -> None:
     torch.testing.assert_close(token.simulate(x, State()), each)
     torch.testing.assert_close(token.encode(x, State()).decode(), each)
     assert 0 in codec.simulate(x.clamp_min(0), State())
+    assert codec.simulate(x[:0], State()).shape == (0, 3, 16)
 
 
 def test_static_activations() -> None:

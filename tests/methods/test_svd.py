@@ -90,7 +90,7 @@ def test_by_hand() -> None:
     model = Holder(nn.Linear(4, 4))
     with torch.no_grad():
         model.layer.weight.copy_(weight)
-    (note,) = split(model, energy=25 / 30)
+    (note,) = split(model, energy=0.83)  # 25 of 30
     assert isinstance(note, Note) and note.reason == "rank 2 would need 16 weights, it has 16"
 
 

@@ -51,6 +51,10 @@ class Activation:
             module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not inputs:
+            raise ModelError(
+                f"{self.path} is called with keywords only; a codec at its input needs a positional tensor"
+            )
         return (self._pass(inputs[0]), *inputs[1:])
 
     def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -111,7 +115,7 @@ def check_fresh(model: nn.Module) -> None:
         entry = entries.get(target.name)
         if entry and not torch.equal(entry.encoded.decode().to(target.tensor.device), target.tensor):
             raise ModelError(
-                f"{target} was changed after {entry.steps[-1]} stored it; train stored models inside smelt.training(...)"
+                f"{target} was changed after {entry.steps[-1]} stored it; train it inside smelt.training(...)"
             )
 
 
@@ -167,8 +171,10 @@ def pack(part: Tensor | Encoded, tail: Sequence[Lossless]) -> Tensor | Encoded:
     if isinstance(part, Encoded):
         candidates = [_pack_parts(candidate, tail) for candidate in part.form.at_rest(part)]
         return min(candidates, key=rest_bytes)
-    coded = [c.encode(part, State()) for c in tail] if part.numel() else []
-    return min([part, *coded], key=rest_bytes)
+    choices: list[Tensor | Encoded] = [part]
+    if part.numel():
+        choices += [c.encode(part, State()) for c in tail]
+    return min(choices, key=rest_bytes)
 
 
 def _pack_parts(node: Encoded, tail: Sequence[Lossless]) -> Encoded:

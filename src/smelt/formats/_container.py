@@ -7,27 +7,24 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
-import os
 import re
-import secrets
-import shutil
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smelt.core.errors import FileError, ModelError, OutputError
+from smelt.core.errors import FileError, ModelError
+from smelt.core.output import check_output, replacing
+from smelt.formats._words import WORDS
 
 MAGIC = b"\x8bsmelt"
 VERSION = 1
@@ -52,40 +49,6 @@ DTYPES: dict[str, torch.dtype] = {
     if hasattr(torch, name)
 }
 SHORT = {dtype: short for short, dtype in DTYPES.items()}
-
-# What every file would otherwise say again: part of version 1, must not change.
-WORDS = (
-    b'"u16""u32""u64""i16""i32""f64""c64""f8e4m3fn""f8e5m2"'
-    b'"model.embed_tokens.weight","model.layers.0.self_attn.q_proj.weight","k_proj.v_proj.o_proj.mlp.gate_proj.up_proj.down_proj.'
-    b'input_layernorm.weight","post_attention_layernorm.weight","model.norm.weight","lm_head.weight","bf16"'
-    b'"transformer.wte.wpe.h.0.ln_1.attn.c_attn.c_proj.mlp.c_fc.ln_f.encoder.layer.0.attention.self.query.key.value.output.dense.'
-    b'embeddings.word_embeddings.position_embeddings.LayerNorm.intermediate.in_proj_weight","in_proj_bias","out_proj.linear1.norm1.'
-    b'features.0.classifier.1.backbone.blocks.0.head.weight_ih_l0","weight_hh_l0","bias_ih_l0","bias_hh_l0",'
-    b'"factors",{},"left",[],"right",[],"hashed",{},"binary",{},"signs","float",{},"f16","residual","low","base",'
-    b'"edits":[["keep","conv1.weight",0,"0-9,11"],["set","conv1","out_channels",],["set","conv2","in_channels",'
-    b'["set","bn1","num_features",["set","fc1","out_features",],["set","fc2","in_features",'
-    b'["replace","fc1","chain",{"layers":[["Linear",{"in_features":,"out_features":,"bias":false}],["Conv2d",{"in_channels":,'
-    b'"out_channels":,"kernel_size":[3,3],"stride":[1,1],"padding":[1,1],["remove","bn1"],["tie",'
-    b'"activations":[["fc1","input","quantize.affine",{},["scale",[],"zero",[]],["scale"]],["conv1","output",'
-    b'"recipe":{"steps":[{"prune.channels":{"ratio":0.3,"score":"taylor"}},{"lowrank.svd":{"rank":}},'
-    b'{"prune.weights":{"ratio":0.9,"scope":"global"}},{"train":{"epochs":10,"lr":0.001,"optimizer":"sgd","with":['
-    b'{"distill.logits":{"temperature":4,"alpha":0.7}},{"prune.weights":{"ratio":{"ramp":[0,0.9]}}},'
-    b'{"quantize.affine":{"bits":4,"on":"*.weight"}}]}},{"share.kmeans":{"clusters":16,"on":"fc*"}},'
-    b'{"train":{"epochs":2,"lr":0.0001}},{"quantize.affine":{"bits":8,"on":"*.bias"}},{"code.bits":{}},{"code.huffman":{}}]},'
-    b'"report":[[0,"checkpoint",[0,"latency",[0,"loss",[0,"macs",2],[0,"parameters",2],[0,"accuracy",0.98],[0,"bytes",1],'
-    b'[1,"accuracy",0.97]]'
-    b'"layer1.0.downsample.0.weight",["affine",{"axis":0,"bits":4,"group":64,"symmetric":false},[64],"codes",["bits",{"bits":4,'
-    b'"offset":-7},"i8","packed",72],"scale",[64],"zero",'
-    b'"layer1.0.bn1.weight",["huffman",{},[64],"stream",8],"layer1.0.bn1.bias",[64],"layer1.0.bn1.running_mean",[64],'
-    b'"layer1.0.bn1.running_var",[64],"layer1.0.bn1.num_batches_tracked","i64","stages.0.0.conv1.weight",[64,3,3],'
-    b'"shortcut.0.weight",[64,1,1],"mask",["bits",{},"bool","packed",'
-    b'{"builder":"resnet_digits","arguments":{"classes":10,"channels":[],"size":8,"kernel":3,"padding":1},'
-    b'{"builder":"lenet","tensors":["conv1.weight",["affine",{"axis":0,"bits":8},[],"codes",["huffman",{},"i8","stream",1],'
-    b'"scale",[20]],"conv1.bias",[20],"conv2.weight",{"builder":"lenet300","tensors":['
-    b'"fc1.weight",["sparse",{"packed":true,"gap":63,"columns":true},[300,784],"positions",["huffman",{},1,"stream",1],'
-    b'"values",["codebook",{},null,"codebook",[16],"indices",["huffman",{},1,"stream",1]]],'
-    b'"fc1.bias",["affine",{},[100],"codes","i8","scale",[]],"fc2.weight",["sparse",{"packed":true,"gap":15},['
-)
 
 
 @dataclass(frozen=True)
@@ -145,8 +108,7 @@ def write(path: Path, meta: Mapping[str, Any], leaves: Sequence[Tensor], *, forc
     start = HEADER.pack(MAGIC, VERSION, len(head), 0)[:-4]
     start += struct.pack("<I", zlib.crc32(head, zlib.crc32(start))) + head
     offsets, total = layout(slots, HEADER.size + len(packed), len(start))
-    _check_space(path, total)
-    with _replacing(path, force, total) as file:
+    with replacing(path, force, total) as file:
         file.write(start)
         at = len(start)
         for slot, offset, blob in zip(slots, offsets, blobs, strict=True):
@@ -176,56 +138,6 @@ def _swapped(flat: Tensor, dtype: torch.dtype) -> Tensor:
         return flat
     part = dtype.itemsize // (2 if dtype.is_complex else 1)
     return flat.reshape(-1, part).flip(1).reshape(-1)
-
-
-def check_output(path: Path, force: bool) -> None:
-    """Raise OutputError where a file cannot be put."""
-    try:
-        exists, ordinary, folder = path.exists(), path.is_file(), path.parent.is_dir()
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
-    if exists and not ordinary:
-        raise OutputError(f"{str(path)!r} is no ordinary file and is not written to")
-    if exists and not force:
-        raise OutputError(f"{str(path)!r} exists; to replace it pass force=True or --force")
-    if not folder:
-        raise OutputError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-
-
-def _check_space(path: Path, total: int) -> None:
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError:
-        return
-    if free < total:
-        raise OutputError(f"{str(path)!r} needs {total} bytes, and {free} are free in {str(path.parent)!r}")
-
-
-@contextmanager
-def _replacing(path: Path, force: bool, total: int) -> Iterator[BinaryIO]:
-    """A file beside `path` that becomes `path` when all went well and vanishes otherwise."""
-    temporary = path.parent / f".smelt-{secrets.token_hex(6)}.part"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check_output(path, force)
-        os.replace(temporary, path)
-        with suppress(OSError):  # folders cannot be synced everywhere
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{str(path)!r}: no space is left for its {total} bytes") from error
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(meta: Any) -> bytes:

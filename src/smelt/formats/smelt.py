@@ -26,10 +26,11 @@ from smelt.core.encoded import Encoded
 from smelt.core.errors import FileError, ModelError
 from smelt.core.method import Lossless, State, make
 from smelt.core.named import check_arguments, function_at
+from smelt.core.output import check_output
 from smelt.core.source import Source
 from smelt.core.store import Entry, Store, check_fresh, pack, store_of
 from smelt.core.target import Target, targets
-from smelt.formats._container import check_holds, check_output, write
+from smelt.formats._container import check_holds, write
 from smelt.formats._file import File
 from smelt.formats._meta import Writer, brief
 
@@ -204,9 +205,9 @@ class _Loader:
 
     def edit(self, model: nn.Module) -> nn.Module:
         """Replay the edits; they may keep as many positions as 64 cuts of every dimension would."""
+        most = 64 * sum(sum(t.tensor.shape) for t in targets(model)) + (1 << 16)
+        self.edits = self.edits or self.file.read_edits(most)
         with self.file.blame("its edits do not fit the model"):
-            most = 64 * sum(sum(t.tensor.shape) for t in targets(model)) + (1 << 16)
-            self.edits = self.edits or self.file.read_edits(most)
             for edit in self.edits:
                 edit.apply(model)
             for one in self.file.activations:

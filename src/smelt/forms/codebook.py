@@ -20,8 +20,8 @@ INDICES = (torch.uint8, torch.int16, torch.int32)
 class Codebook(Form):
     """x = codebook[indices].
 
-    codebook: float [k], k >= 1, the carrier of the values.  indices: uint8, int16 or int32 in the tensor's
-    layout, each in 0..k-1.  Differentiable in the codebook; autograd keeps the small indices, nothing dense.
+    codebook: float [k], k >= 1.  indices: uint8, int16 or int32 in the tensor's layout, each in 0..k-1.
+    Differentiable in the codebook; autograd keeps the small indices, nothing dense.
     """
 
     values: ClassVar[tuple[str, ...]] = ("indices",)

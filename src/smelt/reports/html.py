@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from smelt.core.output import check_output, replacing
 from smelt.core.report import Report, Row
-from smelt.formats._container import _replacing, check_output
 from smelt.reports import _stages as show
 from smelt.version import __version__
 
@@ -34,7 +34,7 @@ def write(report: Report, path: str | Path, *, title: str = "smelt", force: bool
     path = Path(path)
     check_output(path, force)
     data = page(report, title).encode()
-    with _replacing(path, force, len(data)) as file:
+    with replacing(path, force, len(data)) as file:
         file.write(data)
     return len(data)
 
@@ -121,6 +121,7 @@ def _layers(report: Report) -> list[dict[str, Any]]:
             "name": layer["name"],
             "shape": show.shape(layer["shape"]),
             "stored": layer["stored"],
+            "rest": layer.get("rest", ""),
             "bytes": f"{layer['bytes']:,}",
             "ratio": show.times(layer["dense_bytes"] / layer["bytes"]) if layer["bytes"] else "",
             "bits": f"{layer['bits']:.2f}",
@@ -175,7 +176,7 @@ def _dots(name: str, points: Sequence[tuple[str, Row]]) -> dict[str, Any]:
     line = {"color": "--soft", "width": 1, "dash": "dot"}
     start = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": numbers[0], "x1": numbers[0], "line": line}
     across = {**AXIS, "range": [low - 0.4 * room, high + 0.4 * room], "nticks": 5, "ticksuffix": points[0][1].unit}
-    beside = {"xref": "paper", "x": 1.02, "xanchor": "left", "showarrow": False}
+    beside: dict[str, Any] = {"xref": "paper", "x": 1.02, "xanchor": "left", "showarrow": False}
     texts = [{**beside, "y": title, "text": show.value(row)} for title, row in points]
     margin = {**LAYOUT["margin"], "r": 12 + 8 * max(len(text["text"]) for text in texts)}
     layout = {"xaxis": across, "shapes": [start], "annotations": texts, "margin": margin}

@@ -185,7 +185,11 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> RenderableType:
     if has_zeros:
         table.add_column("zeros", justify="right")
     for layer in layers:
-        cells = [Text(str(layer["name"])), show.shape(layer["shape"]), Text(str(layer["stored"]), "cyan")]
+        cells: list[RenderableType] = [
+            Text(str(layer["name"])),
+            show.shape(layer["shape"]),
+            Text(str(layer["stored"]), "cyan"),
+        ]
         cells += [f"{layer['bytes']:,}", f"{layer['bits']:.2f}"]
         if has_zeros:
             cells.append(f"{layer.get('zeros', 0):.1%}")

@@ -117,7 +117,7 @@ def _one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = act.lr * rate(act, done / (act.epochs * per_epoch))
         with torch.autocast(loop.device.split(":")[0], torch.bfloat16, enabled=act.precision == "bfloat16"):
-            outputs = forward(model, inputs)
+            outputs = forward(model, _channels_last(inputs))
         hard = None
         if labels is not None and act.hard:
             hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
@@ -129,7 +129,8 @@ def _one_epoch(
         value = loss.item()
         if not math.isfinite(value):
             raise ModelError(
-                f"train: the loss became {value} in epoch {epoch + 1}, batch {index + 1}; a smaller lr than {act.lr} may help"
+                f"train: the loss became {value} in epoch {epoch + 1}, batch {index + 1}; "
+                f"a smaller lr than {act.lr} may help"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -140,6 +141,13 @@ def _one_epoch(
         total, count = total + value, count + 1
         progress.advance(done + 1, per_epoch * act.epochs, f"epoch {epoch + 1}/{act.epochs} loss {total / count:.4f}")
     return total / max(count, 1)
+
+
+def _channels_last(inputs: Any) -> Any:
+    """Images in the layout in which convolutions run 1.5 to 2 times as fast; other inputs as they are."""
+    if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point():
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs
 
 
 def task_loss(outputs: Tensor, labels: Any) -> Tensor:

@@ -39,7 +39,7 @@ class Logits(Objective):
             raise DataError("distill.logits needs a teacher; give Job(teacher=...) or training(..., teacher=...)")
         if seen.teacher.shape != seen.outputs.shape:
             raise DataError(
-                f"distill.logits: outputs {list(seen.outputs.shape)} and teacher {list(seen.teacher.shape)} differ in shape"
+                f"distill.logits: the outputs are {list(seen.outputs.shape)}, the teacher's {list(seen.teacher.shape)}"
             )
         t = self.temperature
         student = F.log_softmax(seen.outputs.float() / t, -1).flatten(0, -2)

@@ -84,7 +84,7 @@ class Weights(Codec):
 
     def _scores(self, x: Tensor, where: Tensor | None, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        score = shelf.module("scores", self.score).score(x.detach().float(), generator)
+        score: Tensor = shelf.module("scores", self.score).score(x.detach().float(), generator)
         return score if where is None else score.masked_fill(~where, -math.inf)
 
     def fit(self, x: Tensor, stats: Stats) -> State:
@@ -99,11 +99,11 @@ class Weights(Codec):
         return State(mask=mask if stats.where is None else mask & stats.where)
 
     def encode(self, x: Tensor, state: State) -> Encoded:
-        mask = state.mask
+        mask = state.get_buffer("mask")
         return Encoded(Sparse(), {"mask": mask.clone(), "values": torch.where(mask, x, 0)}, x.shape, x.dtype)
 
     def simulate(self, x: Tensor, state: State) -> Tensor:
-        return x * state.mask.to(x.dtype)
+        return x * state.get_buffer("mask").to(x.dtype)
 
 
 def _kept(n: int, ratio: float | Ramp) -> int:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from smelt.core.encoded import Encoded
 from smelt.core.errors import RecipeError, RuleError
-from smelt.core.method import Codec, State, Stats
+from smelt.core.method import Codec, State, Stats, straight_through
 from smelt.core.settings import setting
 from smelt.core.target import Target
 from smelt.forms import affine
@@ -120,7 +120,11 @@ class Affine(Codec):
 
     def encode(self, x: Tensor, state: State) -> Encoded:
         state = self._known(x, state)
-        form, scale, zero = self._form(x, state), self._scale(state).detach().clone(), getattr(state, "zero", None)
+        form, scale, zero = (
+            self._form(x, state),
+            self._scale(state.scale).detach().clone(),
+            getattr(state, "zero", None),
+        )
         codes = self._codes(x, form, scale, zero)
         signed, high = zero is None, uniform.limits(self.bits, zero is None)[1]
         small = torch.int8 if signed else torch.uint8
@@ -131,14 +135,16 @@ class Affine(Codec):
         return Encoded(form, parts, x.shape, x.dtype)
 
     def simulate(self, x: Tensor, state: State) -> Tensor:
+        if not x.numel():
+            return x
         state = self._known(x, state)
-        form, scale, zero = self._form(x, state), self._scale(state), getattr(state, "zero", None)
+        form, scale, zero = self._form(x, state), self._scale(state.scale), getattr(state, "zero", None)
         if isinstance(state.scale, torch.nn.Parameter):
             return self._learned(x, form, scale, zero, state)
         with torch.no_grad():
             side = None if zero is None else form.spread(zero, x.shape)
             rounded = uniform.dequantize(self._codes(x, form, scale, zero), form.spread(scale, x.shape), side)
-        return rounded.to(x.dtype) + (x - x.detach())
+        return straight_through(x, rounded.to(x.dtype))
 
     def _learned(self, x: Tensor, form: affine.Affine, scale: Tensor, zero: Tensor | None, state: State) -> Tensor:
         """Esser et al. 2020, eq. 1-5; for activations N is what one sample has, as in their section 2.2."""
@@ -184,15 +190,13 @@ class Affine(Codec):
         scale, zero = uniform.steps(low, high, bits=self.bits, symmetric=symmetric, whole=whole)
         if zero is not None and whole and not symmetric:
             zero = zero.to(torch.int32)
-        return self._scale(State(scale=scale)), zero
+        return self._scale(scale), zero
 
     def _layout(self, x: Tensor, per: str) -> tuple[int | None, int]:
-        """(axis, group) of the form; a tensor of one dimension has one scale unless it has groups."""
-        if per == "group":
-            return (0, self.group)
+        """(axis, group) of the form; a tensor of one dimension (a bias) always has one scale."""
         if per == "tensor" or x.dim() < 2:
             return None, 0
-        return (0, x.shape[-1]) if per == "token" else (self.axis or 0, 0)
+        return (self.axis or 0, 0) if per == "channel" else (0, self.group if per == "group" else x.shape[-1])
 
     def _form(self, x: Tensor, state: State) -> affine.Affine:
         scale: Any = state.scale
@@ -207,9 +211,8 @@ class Affine(Codec):
     def _stored(self, scale: Tensor) -> torch.dtype:
         return scale.dtype if self.scales == "float32" else _DTYPES[self.scales]
 
-    def _scale(self, state: State) -> Tensor:
+    def _scale(self, raw: Any) -> Tensor:
         """Positive, and rounded to how it is stored."""
-        raw: Any = state.scale
         kind = self._stored(raw)
         least = max(torch.finfo(kind).smallest_normal / 1024, torch.finfo(torch.float32).tiny)
         scale: Tensor = raw.abs().clamp(least, torch.finfo(kind).max)

@@ -1,0 +1,46 @@
+"""A method as plain data: what kind it is, its card, its settings and a line of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+from smelt.core.method import Codec, Method, Objective, Rewrite
+from smelt.core.recipe import Train
+from smelt.core.settings import Ramp
+
+
+def described(name: str, cls: Any) -> dict[str, Any]:
+    """{kind, card, settings, example}; the example has the first setting at its default.
+
+    Args:
+        cls: a `Method`, or `Train`.
+    """
+    card = cls.card() if issubclass(cls, Method) else {"does": (cls.__doc__ or "").strip()}
+    settings = [_setting(f) for f in fields(cls)]
+    first = next((s for s in settings if s["default"] not in ("None", "")), None)
+    line = {name: {first["name"]: yaml.safe_load(str(first["default"]))} if first else {}}
+    step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
+    kinds = {Rewrite: "changes the structure", Objective: "adds to the training loss", Train: "trains"}
+    lossless = issubclass(cls, Codec) and cls.lossless
+    stored = "codes without loss" if lossless else "stores in another form"
+    return {
+        "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
+        "card": card,
+        "settings": settings,
+        "example": yaml.safe_dump([step], sort_keys=False, default_flow_style=None, width=90).strip(),
+    }
+
+
+def _setting(f: Any) -> dict[str, str]:
+    low, high, choices = (f.metadata.get(key) for key in ("low", "high", "choices"))
+    span = f"{low} to {high}" if None not in (low, high) else f"from {low}" if low is not None else ""
+    return {
+        "name": f.name,
+        "type": str(getattr(f.type, "__name__", f.type)).replace(f" | {Ramp.__name__}", ", may ramp"),
+        "default": "" if f.default is MISSING else str(f.default),
+        "range": " | ".join(map(str, choices)) if choices else span or (f"to {high}" if high is not None else ""),
+        "doc": f.metadata.get("doc", ""),
+    }

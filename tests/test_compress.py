@@ -1,0 +1,194 @@
+"""The runner, end to end: measured on the file, repeatable, resumable, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import smelt
+from smelt.core.data import Batches, Data
+from smelt.core.errors import DataError, ModelError, OutputError, RecipeError, RuleError
+from smelt.core.progress import Progress
+from smelt.core.report import Report
+from smelt.core.store import store_of
+from smelt.measures.accuracy import evaluate
+from tests.conftest import mlp
+
+RECIPE = """
+steps:
+  - train:
+      epochs: 3
+      with:
+        - distill.logits: {temperature: 2}
+        - prune.weights: {ratio: {ramp: [0, 0.6]}, scope: global}
+  - share.kmeans: {clusters: 8}
+  - quantize.affine: {on: "*.bias"}
+  - code.huffman
+"""
+
+
+def test_every_number_is_that_of_the_written_file(model: nn.Module, job: smelt.Job, tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = smelt.compress(model, RECIPE, job)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    path = tmp_path / "m.smelt"
+    size = result.save(path)
+    assert size == path.stat().st_size == result.report.value("file")
+    loaded = smelt.load(path, into=mlp())
+    assert job.data is not None and job.data.test is not None
+    assert evaluate(loaded, job.data.test, "accuracy") == result.report.value("accuracy")
+    assert result.report.value("accuracy") > 85
+    assert result.report.ratio() > 5
+    zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
+    assert result.report.value("non-zeros") == sum(p.numel() for p in loaded.parameters()) - zeros
+    steps = [name for _, name in result.report.steps()]
+    assert steps == ["original", "train", "share.kmeans", "quantize.affine", "code.huffman"]
+    for i in range(len(steps)):
+        assert {r.measure for r in result.report if r.step == i} >= {"file", "parameters", "MACs", "accuracy"}
+    sizes = [result.report.value("file", i) for i in range(len(steps))]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_runs_dense_is_called_simulated(model: nn.Module, job: smelt.Job) -> None:
+    report = smelt.compress(model, [{"prune.weights": {"ratio": 0.5}}], job).report
+    marked = {row.measure: row.simulated for row in report if row.step == 1}
+    assert marked["peak memory"] and marked["MACs"]
+    assert not marked["file"] and not marked["accuracy"]
+    assert any("ran dense" in note for note in report.notes)
+    assert not any(row.simulated for row in smelt.compress(model, ["prune.merge"], job).report)
+
+
+def test_the_same_seed_gives_the_same_bytes(model: nn.Module, job: smelt.Job, tmp_path: Path) -> None:
+    files = []
+    for i in range(2):
+        smelt.compress(model, RECIPE, job).save(tmp_path / f"{i}.smelt")
+        files.append((tmp_path / f"{i}.smelt").read_bytes())
+    assert files[0] == files[1]
+
+
+class StopIn(Progress):
+    """Ctrl-C during step `index`, or nothing; counts the steps that really ran."""
+
+    def __init__(self, index: int | None = None, batch: int = 0):
+        self.index, self.batch, self.now, self.advanced = index, batch, 0, 0
+
+    def begin(self, index: int, count: int, label: str) -> None:
+        self.now = index
+        if index == self.index and not self.batch:
+            raise KeyboardInterrupt
+
+    def advance(self, done: int, total: int, text: str = "") -> None:
+        self.advanced += 1
+        if self.now == self.index and done == self.batch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [(1, 10), (3, 0)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    model: nn.Module, job: smelt.Job, tmp_path: Path, stop: tuple[int, int]
+) -> None:
+    whole = smelt.compress(model, RECIPE, job)
+    job.cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        smelt.compress(model, RECIPE, job, progress=StopIn(*stop))
+    watch = StopIn()
+    resumed = smelt.compress(model, RECIPE, job, progress=watch)
+    assert watch.advanced < 3 * 8
+    whole.save(tmp_path / "a.smelt")
+    resumed.save(tmp_path / "b.smelt")
+    assert (tmp_path / "a.smelt").read_bytes() == (tmp_path / "b.smelt").read_bytes()
+    assert [r for r in resumed.report if r.measure != "latency"] == [r for r in whole.report if r.measure != "latency"]
+
+
+def test_an_edited_recipe_goes_on_from_the_edit(model: nn.Module, job: smelt.Job, tmp_path: Path) -> None:
+    job.cache = tmp_path
+    smelt.compress(model, RECIPE, job)
+    watch = StopIn()
+    edited = smelt.compress(model, RECIPE.replace("clusters: 8", "clusters: 4"), job, progress=watch)
+    assert watch.advanced == 0
+    assert len(edited.model[2].weight.unique()) <= 5
+    other = smelt.compress(mlp(7), RECIPE, job, progress=watch)
+    assert watch.advanced > 0 and other.report.value("file") != edited.report.value("file")
+
+
+def test_a_damaged_cache_is_no_cache(model: nn.Module, job: smelt.Job, tmp_path: Path) -> None:
+    job.cache = tmp_path
+    first = smelt.compress(model, RECIPE, job)
+    for path in tmp_path.glob("*.smelt"):
+        path.write_bytes(path.read_bytes()[:-20])
+    again = smelt.compress(model, RECIPE, job)
+    assert again.report.value("file") == first.report.value("file")
+
+
+def test_a_compressed_model_is_compressed_further(model: nn.Module, job: smelt.Job, tmp_path: Path) -> None:
+    smelt.compress(model, [{"prune.weights": {"ratio": 0.5}}], job).save(tmp_path / "a.smelt")
+    loaded = smelt.load(tmp_path / "a.smelt", into=mlp())
+    result = smelt.compress(loaded, [{"share.kmeans": {"clusters": 4}}, "code.huffman"], job)
+    assert str(store_of(result.model).entries["2.weight"].encoded) == "sparse(values: codebook)"
+
+
+def test_reports_survive_json(model: nn.Module, job: smelt.Job) -> None:
+    report = smelt.compress(model, RECIPE, job).report
+    again = Report.from_plain(json.loads(report.to_json()))
+    assert again == report
+    assert again.conditions["data"] == "moons"
+    assert {layer["name"] for layer in again.layers} == {n for n, _ in model.named_parameters()}
+
+
+def test_without_data_bytes_are_still_measured(model: nn.Module) -> None:
+    report = smelt.compress(model, ["quantize.affine", "code.huffman"]).report
+    assert set(report.measures()) == {"file", "parameters", "non-zeros"}
+
+
+def test_rewrite_after_storing_is_refused_with_both_steps(model: nn.Module) -> None:
+    with pytest.raises(RuleError, match=r"2: lowrank\.svd changes .*weight, which 1: share\.kmeans has already stored"):
+        smelt.compress(model, ["share.kmeans", "lowrank.svd"])
+
+
+def test_lossy_after_lossy_is_refused_with_both_steps(model: nn.Module) -> None:
+    with pytest.raises(RuleError, match=r"2: share\.kmeans: .*no floating values left.*1: quantize\.affine"):
+        smelt.compress(model, ["quantize.affine", "share.kmeans"])
+
+
+def test_a_selector_that_matches_nothing(model: nn.Module) -> None:
+    with pytest.raises(RecipeError, match="'fc9' matches no tensor"):
+        smelt.compress(model, [{"share.kmeans": {"on": "fc9"}}])
+
+
+def test_weights_that_are_not_finite(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        model[2].bias[3] = math.inf
+    with pytest.raises(ModelError, match=r"2\.bias \[64\] holds 1 NaN or infinite"):
+        smelt.compress(model, RECIPE)
+
+
+def test_data_that_cannot_serve(model: nn.Module, data: Data) -> None:
+    x, y = torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)
+    for bad, words in [
+        (Data(test=[]), "empty"),
+        (Data(test=Batches(x)), "needs labels"),
+        (Data(test=[(torch.randn(4, 3), y)]), r"model fails .* float32 \[4, 3\]"),
+    ]:
+        with pytest.raises((DataError, ModelError), match=words):
+            smelt.compress(model, ["code.bits"], smelt.Job(data=bad))
+    with pytest.raises(DataError, match="'broken' on batch 1 of the split 'test' is NaN"):
+        smelt.compress(model, ["code.bits"], smelt.Job(data=data, metric=broken))
+    with pytest.raises(DataError, match="no metric 'acuracy'; did you mean 'accuracy'"):
+        smelt.compress(model, ["code.bits"], smelt.Job(data=data, metric="acuracy"))
+
+
+def broken(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+    return math.nan
+
+
+def test_an_output_that_exists_is_kept(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "m.smelt"
+    path.write_text("precious")
+    result = smelt.compress(model, ["code.bits"])
+    with pytest.raises(OutputError, match="--force"):
+        result.save(path)
+    assert path.read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+    assert result.save(path, force=True) == path.stat().st_size
