@@ -52,10 +52,10 @@ data = smelt.Data(
 
 recipe = """
 steps:
-  - train: {epochs: 12, lr: 3e-3}
+  - train: {epochs: 6, lr: 3e-3}
   - lowrank.svd: {ratio: 0.5, on: "*conv2"}       # convolutions become chains of two
   - train:
-      epochs: 8
+      epochs: 4
       with:
         - distill.logits: {temperature: 3}
         - quantize.affine: {bits: 4}              # quantization-aware; stored in 4 bits at the end

@@ -70,10 +70,10 @@ def _compress(args: argparse.Namespace) -> None:
     outputs = [args.output, *([args.report] if args.report else [])]
     for path in outputs:
         _check_output(path, args.force)
+    if args.output == args.report:
+        raise OutputError(f"{str(args.output)!r} cannot be both the model and the report")
     recipe = _recipe(args.recipe)
-    cache = (
-        None if args.no_cache else args.cache or Path(os.environ.get("SMELT_CACHE") or "~/.cache/smelt").expanduser()
-    )
+    cache = None if args.no_cache else _cache(args.cache)
     data, metric = _data(args), _metric(args.metric)
     source = _source(args.model, args.weights, args)
     teacher = _source(args.teacher, args.teacher_weights, args, "teacher").module if args.teacher else None
@@ -241,6 +241,16 @@ def _recipe(text: str) -> Recipe:
     return Recipe.of(own if "/" not in text and not Path(text).exists() and own.is_file() else Path(text))
 
 
+def _cache(folder: Path | None) -> Path:
+    folder = folder or Path(os.environ.get("SMELT_CACHE") or "~/.cache/smelt").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the cache {str(folder)!r} cannot be made ({error.strerror}); see --no-cache") from None
+    _check_output(folder / "step", force=True)
+    return folder
+
+
 def _check_output(path: Path, force: bool) -> None:
     check_output(path, force)
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -383,9 +393,5 @@ Steps are kept in the cache: the same command goes on after an interruption, an 
 }
 
 
-def _main() -> NoReturn:
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    _main()
+    sys.exit(main())

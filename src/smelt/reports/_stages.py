@@ -116,4 +116,4 @@ def _digits(number: float) -> int:
     """Decimals that give three digits, at most four."""
     if not number or not math.isfinite(number):
         return 2
-    return min(4, max(0, 2 - math.floor(math.log10(abs(number)))))
+    return min(4, max(0, 2 - math.floor(math.log10(float(f"{abs(number):.3g}")))))

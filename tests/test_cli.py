@@ -1,0 +1,220 @@
+"""The command line, called as a function; its streams, files and exit codes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+import smelt
+from smelt import cli
+from smelt.core import shelf
+from smelt.formats.smelt import load
+
+MODEL = "lenet(size=8, kernel=3, padding=1, channels=(4, 6), hidden=16)"
+SHORT = [{"prune.weights": {"ratio": 0.5}}, {"share.kmeans": {"clusters": 16}}, {"code.huffman": {}}]
+TRAINED = [{"train": {"epochs": 1, "with": [{"prune.weights": {"ratio": 0.5}}]}}, {"code.bits": {}}]
+
+
+class Out(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Smelt = Callable[..., Out]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Smelt:
+    monkeypatch.setenv("SMELT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: object) -> Out:
+        code = cli.main([str(a) for a in argv])
+        return Out(code, *capsys.readouterr())
+
+    return call
+
+
+def one_line(done: Out, code: int, *words: str) -> None:
+    assert done.code == code and not done.out
+    lines = [line for line in done.err.splitlines() if not line.startswith("smelt: note:")]
+    assert len(lines) == 1 and lines[0].startswith("smelt: "), done.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(smelt.open_model(MODEL)[0].state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"steps": SHORT}))
+    return tmp_path / "r.yaml"
+
+
+@pytest.fixture
+def compressed(run: Smelt, weights: Path, recipe: Path, tmp_path: Path) -> Path:
+    done = run("compress", MODEL, "--weights", weights, "--recipe", recipe, "-o", "net.smelt", "--no-cache")
+    assert done.code == 0, done.err
+    return tmp_path / "net.smelt"
+
+
+def test_compress_prints_tables_and_writes_both_files(run: Smelt, weights: Path, recipe: Path, tmp_path: Path) -> None:
+    paths = "-o", "net.smelt", "--report", "net.html"
+    done = run("compress", MODEL, "--weights", weights, "--data", "digits", "--recipe", recipe, *paths)
+    assert done.code == 0, done.err
+    for word in ("3 code.huffman", "accuracy", "simulated", "wrote net.smelt and net.html"):
+        assert word in done.out
+    assert done.err.count("\n") == 3  # one line per step
+    assert "code.huffman" in (tmp_path / "net.html").read_text(encoding="utf-8")
+    assert load(tmp_path / "net.smelt")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert list((tmp_path / "cache").glob("*.smelt"))
+
+
+def test_compress_as_json(run: Smelt, weights: Path, recipe: Path, tmp_path: Path) -> None:
+    args = "compress", MODEL, "--weights", weights, "--data", "digits", "--recipe", recipe, "--no-latency"
+    done = run(*args, "-o", "net.smelt", "--json")
+    data = json.loads(done.out)
+    assert data["bytes"] == (tmp_path / "net.smelt").stat().st_size and data["ratio"] > 3
+    assert data["recipe"]["steps"] and data["layers"] and not any(r["measure"] == "latency" for r in data["rows"])
+
+
+def test_a_model_of_ones_own_with_a_teacher_and_a_metric(run: Smelt, tmp_path: Path) -> None:
+    (tmp_path / "cli_own.py").write_text(
+        "import torch\n"
+        "def net(width=8):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "def error(outputs, labels):\n    return (outputs.argmax(1) != labels).float().mean()\n"
+    )
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"steps": TRAINED}))
+    args = "--data", "digits(held_out=0.8)", "--metric", "cli_own:error", "--recipe", "r.yaml", "--no-latency"
+    done = run("compress", "cli_own:net", *args, "--teacher", "cli_own:net", "-o", "own.smelt", "--json")
+    assert done.code == 0, done.err
+    assert {r["measure"] for r in json.loads(done.out)["rows"]} >= {"error", "file"}
+    one_line(run("measure", "own.smelt"), 5, "trust")
+    assert run("measure", "own.smelt", "--trust").code == 0
+
+
+def test_compress_further(run: Smelt, compressed: Path) -> None:
+    Path("more.yaml").write_text('steps: [{quantize.affine: {bits: 8, on: "fc*.bias"}}, {code.huffman: {}}]')
+    done = run("compress", compressed, "--recipe", "more.yaml", "-o", "less.smelt")
+    assert done.code == 0, done.err
+    again = run("compress", compressed, "--recipe", "r.yaml", "-o", "no.smelt")
+    one_line(again, 2, "no floating values left", "net.smelt")
+    assert json.loads(run("show", "less.smelt", "--json").out)["builder"] == "lenet"
+
+
+def test_an_interruption_says_how_to_go_on(
+    run: Smelt, weights: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compress", stop)
+    args = "compress", MODEL, "--weights", weights, "--recipe", recipe, "-o", "net.smelt"
+    one_line(run(*args), 130, "the same command goes on", "cache")
+    one_line(run(*args, "--no-cache"), 130, "nothing was kept", "--no-cache")
+
+
+def test_measure(run: Smelt, weights: Path, compressed: Path) -> None:
+    done = run("measure", compressed, "--data", "digits")
+    assert done.code == 0
+    for word in ("latency", "simulated", "smaller than the same model"):
+        assert word in done.out
+    found = json.loads(run("measure", MODEL, "--weights", weights, "--data", "digits", "--json").out)
+    rows = {row["measure"]: row for row in found["rows"]}
+    assert found["ratio"] == 1 and rows["file"]["value"] == found["checkpoint"] and not rows["MACs"]["simulated"]
+    assert "--data digits" in run("measure", compressed).out
+
+
+def test_show(run: Smelt, compressed: Path) -> None:
+    done = run("show", compressed)
+    for word in ("fc1.weight", "sparse(", "codebook", "huffman", "share.kmeans", "lenet(size=8", "non-zeros"):
+        assert word in done.out
+    found = json.loads(run("show", compressed, "--json").out)
+    assert found["bytes"] == compressed.stat().st_size and len(found["tensors"]) == 8
+
+
+def test_methods_has_every_method(run: Smelt) -> None:
+    done = run("methods")
+    assert done.code == 0 and all(name in done.out for name in shelf.names("methods"))
+    found = json.loads(run("methods", "--json").out)
+    assert sorted(found) == shelf.names("methods")
+    assert list(json.loads(run("methods", "prune", "--json").out)) == [n for n in found if n.startswith("prune.")]
+    for name, method in found.items():
+        smelt.Recipe.of("steps:\n" + method["example"] + "\n")
+        one = run("methods", name).out
+        assert all(s["name"] in one and s["doc"] for s in method["settings"]), name
+    assert "patience" in run("methods", "train").out
+
+
+BAD = [
+    ([], 2, "COMMAND"),
+    (["compres"], 2, "compres"),
+    (["compress", MODEL, "-o", "x.smelt"], 2, "--recipe"),
+    (["compress", MODEL, "--recipe", "no.yaml", "-o", "x.smelt"], 2, "no.yaml"),
+    (["compress", MODEL, "--recipe", "bad.yaml", "-o", "x.smelt"], 2, "did you mean 'ratio'"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--device", "nowhere"], 2, "nowhere"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--batch-size", "0"], 2, "from 1"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--teacher", "lenet"], 3, "--teacher-weights"),
+    (["compress", "lenett", "--recipe", "r.yaml", "-o", "x.smelt"], 3, "did you mean 'lenet'"),
+    (["compress", "net.pt", "--recipe", "r.yaml", "-o", "x.smelt"], 3, "--weights net.pt"),
+    (["compress", "no_such:net", "--recipe", "r.yaml", "-o", "x.smelt"], 3, "no_such"),
+    (["compress", MODEL, "--weights", "no.pt", "--recipe", "r.yaml", "-o", "x.smelt"], 3, "no.pt"),
+    (["compress", MODEL, "--data", "digit", "--recipe", "r.yaml", "-o", "x.smelt"], 4, "did you mean 'digits'"),
+    (["compress", MODEL, "--metric", "acuracy", "--recipe", "r.yaml", "-o", "x.smelt"], 4, "'accuracy'"),
+    (["compress", "no.smelt", "--recipe", "r.yaml", "-o", "x.smelt"], 5, "no.smelt"),
+    (["show", "r.yaml"], 5, "r.yaml"),
+    (["measure", "r.yaml"], 5, "r.yaml"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "no/x.smelt"], 6, "'no'"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "r.yaml"], 6, "--force"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--report", "no/x.html"], 6, "'no'"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--cache", "r.yaml"], 6, "--no-cache"),
+    (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--report", "x.smelt"], 6, "both"),
+    (["demo", "--out", "r.yaml"], 6, "r.yaml"),
+    (["methods", "share.kmean"], 2, "did you mean 'share.kmeans'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "word"), BAD, ids=[" ".join(b[0])[:60] or "nothing" for b in BAD])
+def test_bad_input_is_one_line(run: Smelt, recipe: Path, argv: list[str], code: int, word: str) -> None:
+    Path("bad.yaml").write_text("steps:\n  - prune.weights: {ration: 0.5}\n")
+    one_line(run(*argv), code, word)
+    assert not Path("x.smelt").exists()
+
+
+def test_outputs_are_checked_before_the_work(run: Smelt, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "compress", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(cli.os, "access", lambda *_: False)
+    one_line(run("compress", MODEL, "--recipe", recipe, "-o", "x.smelt"), 6, "not writable")
+
+
+def test_debug_shows_the_traceback(run: Smelt) -> None:
+    with pytest.raises(smelt.SmeltError):
+        run("measure", "lenett", "--debug")
+
+
+@pytest.mark.parametrize("verb", ["compress", "measure", "show", "methods", "demo"])
+def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0 and f"examples:\n  smelt {verb}" in capsys.readouterr().out
+
+
+def test_as_a_process() -> None:
+    def call(*argv: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", "smelt.cli", *argv], capture_output=True, text=True)
+
+    assert call("--version").stdout.split()[1] == smelt.__version__
+    bad = call("show", "no.smelt")
+    assert bad.returncode == 5 and not bad.stdout and bad.stderr.count("\n") == 1
