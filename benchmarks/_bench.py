@@ -64,7 +64,7 @@ def run_cells(
     Args:
         seconds: what one cell is expected to take, for the estimate that is printed first.
     """
-    folder = CACHE / name
+    folder = CACHE / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{_key(function, cell)}.json" for cell in cells]
     if fresh:
@@ -84,7 +84,7 @@ def run_cells(
                 part.write_text(json.dumps(future.result()))
                 os.replace(part, paths[index])
                 left = (time.time() - start) / count * (len(todo) - count)
-                print(f"  {count}/{len(todo)} {cells[index]} done, about {_minutes(left)} left", flush=True)
+                print(f"  cell {index + 1} done ({count} of {len(todo)}), about {_minutes(left)} left", flush=True)
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -121,7 +121,7 @@ def _key(function: Callable[..., Any], cell: dict[str, Any]) -> str:
     """A cell is what it was as long as its benchmark and its arguments are."""
     source = Path(sys.modules[function.__module__].__file__ or "").read_bytes()
     text = json.dumps([function.__name__, cell], sort_keys=True).encode()
-    return "-".join(str(v) for v in cell.values()) + "-" + hashlib.sha256(source + text).hexdigest()[:12]
+    return hashlib.sha256(source + text).hexdigest()[:24]
 
 
 def _minutes(seconds: float) -> str:

@@ -3,10 +3,10 @@
     SMELT_DATA=... python benchmarks/deep_compression.py
 
 The paper's chain is `recipes/deep-compression.yaml`: prune, share, code.  Beyond it (`recipes/lenet-300-100.yaml`,
-`recipes/lenet-5.yaml`) the same acts go further with distillation, the teacher being the uncompressed LeNet-5 of the
-same seed.  Every size is that of the written file, everything in it counted, against the plain fp32 bytes of the
-parameters; every error is that of the file, loaded again, on the 10,000 test images after the last epoch: no epoch
-was selected on them.  Training images are shifted by up to one pixel; 5,000 of them are held out.
+`recipes/lenet-5.yaml`) the same acts go further, and the uncompressed network is the teacher of the compressed one.
+Every size is that of the written file, everything in it counted, against the plain fp32 bytes of the parameters; every
+error is that of the file, loaded again, on the 10,000 test images after the last epoch: no epoch was selected on them.
+Training images are shifted by up to one pixel; 5,000 of them are held out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import _mnist
 import torch
 from _bench import CACHE, HERE, Row, arguments, conditions, data_folder, finish, run_cells
-from torch import nn
 
 import smelt
 
@@ -31,22 +30,22 @@ STATES = CACHE / "deep_compression-states"  # so that chains share their baselin
 SEEDS = range(5)
 BATCH = 128
 
-# network -> builder; its training; the paper's error before and after, and ratio; the recipe beyond, its ratio and error,
-# the record; seconds of the two chains on one idle core
+# network -> builder; its training; the paper's error before and after, and ratio; the recipe beyond, its ratio and
+# error, the record; seconds of the two chains on one idle core
 NETWORKS: dict[str, dict[str, Any]] = {
     "LeNet-5": {
         "builder": "lenet",
         "train": {"epochs": 8, "lr": 1.5e-3, "optimizer": "adamw", "weight_decay": 0.02},
         "paper": (0.80, 0.74, 39),
         "beyond": ("lenet-5.yaml", 200, 0.80, "555x at 0.69 %"),
-        "seconds": (290, 330),
+        "seconds": (220, 230),
     },
     "LeNet-300-100": {
         "builder": "lenet300",
         "train": {"epochs": 25, "lr": 1.5e-3, "optimizer": "adamw", "weight_decay": 0.05},
         "paper": (1.64, 1.58, 40),
         "beyond": ("lenet-300-100.yaml", 100, 1.64, "124x at 1.9 %"),
-        "seconds": (60, 150),
+        "seconds": (60, 70),
     },
 }
 
@@ -61,26 +60,18 @@ def baseline(network: str, data: smelt.Data, seed: int, epochs: int | None = Non
     return smelt.Source.of(trained, builder, given)
 
 
-def job(data: smelt.Data, seed: int, teacher: nn.Module | None = None) -> smelt.Job:
-    return smelt.Job(data=data, seed=seed, teacher=teacher, latency=False, cache=STATES)
+def job(data: smelt.Data, seed: int) -> smelt.Job:
+    return smelt.Job(data=data, seed=seed, latency=False, cache=STATES)
 
 
 def chain(
-    network: str, which: str, folder: str, seed: int, epochs: int | None = None, images: int | None = None
+    network: str, recipe: dict[str, Any], folder: str, seed: int, epochs: int | None = None, images: int | None = None
 ) -> Any:
     """Baseline and one chain; [{after, file, error}] per stage."""
     torch.set_num_threads(1)
     data = _mnist.data(Path(folder), seed, BATCH, images)
     source = baseline(network, data, seed, epochs)
-    teacher, name = None, "deep-compression.yaml"
-    if which == "beyond":
-        name = NETWORKS[network]["beyond"][0]
-        teacher = source.module if network == "LeNet-5" else baseline("LeNet-5", data, seed, epochs).module
-    recipe = smelt.Recipe.of(RECIPES / name).to_plain()
-    for step in recipe["steps"] if epochs else ():
-        if "train" in step:
-            step["train"]["epochs"] = epochs
-    result = smelt.compress(source, recipe, job(data, seed, teacher))
+    result = smelt.compress(source, recipe, job(data, seed))
     report = result.report
     found = [
         {"after": after, "file": report.value("file", i), "error": 100 - report.value("accuracy", i)}
@@ -114,10 +105,19 @@ def rows(network: str, label: str, runs: list[Any], peer: tuple[str, float] | No
 
 def quick(folder: str) -> list[Row]:
     """The paper's chain in small: one epoch each on 6,000 images, one seed; no targets."""
+    recipe = plain("deep-compression.yaml")
+    for step in recipe["steps"]:
+        if "train" in step:
+            step["train"]["epochs"] = 1
     found = []
     for network in NETWORKS:
-        found += rows(network, "quick", [chain(network, "paper", folder, 0, 1, 6000)], None, None)
+        found += rows(network, "quick", [chain(network, recipe, folder, 0, 1, 6000)], None, None)
     return found
+
+
+def plain(recipe: str) -> dict[str, Any]:
+    """A recipe as data: what a cell depends on."""
+    return smelt.Recipe.of(RECIPES / recipe).to_plain()
 
 
 def full(folder: str, jobs: int, fresh: bool, seeds: Sequence[int]) -> list[Row]:
@@ -125,15 +125,14 @@ def full(folder: str, jobs: int, fresh: bool, seeds: Sequence[int]) -> list[Row]
     print(f"about {minutes:.0f} min on {jobs} idle cores if nothing is kept from an earlier run")
     found: list[Row] = []
     for network, spec in NETWORKS.items():
-        (base, error, ratio), (_, further, limit, record) = spec["paper"], spec["beyond"]
-        targets = {
-            "paper": f">= {ratio}x at <= {error} %, baseline <= {base} %",
-            "beyond": f">= {further}x at <= {limit} %; record {record}",
-        }
-        for (which, target), seconds in zip(targets.items(), spec["seconds"], strict=True):
-            cells = [{"network": network, "which": which, "folder": folder, "seed": seed} for seed in seeds]
-            runs = run_cells("deep_compression", chain, cells, jobs=jobs, fresh=fresh, seconds=seconds)
-            label = "the paper's chain" if which == "paper" else "beyond"
+        (base, error, ratio), (name, further, limit, record) = spec["paper"], spec["beyond"]
+        chains = [
+            ("the paper's chain", "deep-compression.yaml", f">= {ratio}x at <= {error} %, baseline <= {base} %"),
+            ("beyond", name, f">= {further}x at <= {limit} %; record {record}"),
+        ]
+        for (label, recipe, target), seconds in zip(chains, spec["seconds"], strict=True):
+            cells = [{"network": network, "recipe": plain(recipe), "folder": folder, "seed": s} for s in seeds]
+            runs = run_cells(f"{network}, {label}", chain, cells, jobs=jobs, fresh=fresh, seconds=seconds)
             found += rows(network, label, runs, ("Han et al. 2016", ratio), target)
     return found
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -25,7 +24,7 @@ from smelt.core.job import Job
 from smelt.core.method import Method
 from smelt.core.named import function_at
 from smelt.core.output import check_output
-from smelt.core.recipe import Recipe, Train
+from smelt.core.recipe import Recipe, Train, to_yaml
 from smelt.core.source import Source
 from smelt.core.store import store_of
 from smelt.data._read import open_data
@@ -160,7 +159,7 @@ def _show(args: argparse.Namespace) -> None:
             out.print(Text("  " + " ".join(map(str, edit))), no_wrap=True, overflow="ellipsis")
     if found["recipe"]:
         out.print(Text("recipe", "bold"))
-        out.print(Text(yaml.safe_dump(found["recipe"], sort_keys=False, width=90, default_flow_style=None)))
+        out.print(Text(to_yaml(found["recipe"])))
     if found["report"]:
         out.print(Text("measured, by step", "bold"))
         for step, name, value in found["report"]:

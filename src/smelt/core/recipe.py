@@ -123,7 +123,7 @@ class Recipe:
         return {"steps": [step.to_plain() for step in self.steps]}
 
     def to_yaml(self) -> str:
-        return yaml.dump(self.to_plain(), Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None)
+        return to_yaml(self.to_plain())
 
     def prefix_hash(self, length: int) -> str:
         """A hash of the first `length` steps: what a cached state after them depends on."""
@@ -155,6 +155,11 @@ class Recipe:
             data, lines = _parse(text, name)
             return Recipe(_steps(data, _Where(name, lines)), name.removesuffix(".yaml"))
         return Recipe(_steps({"steps": what} if not isinstance(what, Mapping) else what, _Where("recipe", {})))
+
+
+def to_yaml(plain: Any) -> str:
+    """Plain data of a recipe, or of one step, as the YAML that `Recipe.of` reads."""
+    return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None))
 
 
 @dataclass(frozen=True)

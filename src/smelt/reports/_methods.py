@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from smelt.core.method import Codec, Method, Objective, Rewrite
-from smelt.core.recipe import Train
+from smelt.core.recipe import Train, to_yaml
 from smelt.core.settings import Ramp
 
 
@@ -30,7 +30,7 @@ def described(name: str, cls: Any) -> dict[str, Any]:
         "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
         "card": card,
         "settings": settings,
-        "example": yaml.safe_dump([step], sort_keys=False, default_flow_style=None, width=90).strip(),
+        "example": to_yaml([step]).strip(),
     }
 
 

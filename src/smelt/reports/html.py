@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smelt.core.output import check_output, replacing
+from smelt.core.recipe import to_yaml
 from smelt.core.report import Report, Row
 from smelt.reports import _stages as show
 from smelt.version import __version__
@@ -61,7 +60,7 @@ def page(report: Report, title: str = "smelt") -> str:
         footnote=footnote and f"{footnote}: taken while what is stored ran dense.",
         plots=plots,
         layers=_layers(report),
-        recipe=yaml.safe_dump(report.recipe, sort_keys=False, width=90, default_flow_style=None),
+        recipe=to_yaml(report.recipe),
         conditions=list(report.conditions.items()),
         notes=report.notes,
         plotly=Markup(get_plotlyjs()),
