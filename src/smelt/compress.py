@@ -10,12 +10,11 @@ measured and handed to the next step.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -25,23 +24,26 @@ import torch
 from torch import nn
 
 from smelt.core import data as data_module
-from smelt.core.apply import apply_step, chosen
-from smelt.core.data import Data, samples
+from smelt.core import shelf
+from smelt.core.apply import apply_step
+from smelt.core.cache import cache_folder, keys
+from smelt.core.data import Batches, Data, batch, evaluating, forward_or_raise, move, samples
 from smelt.core.errors import ModelError, SmeltError
 from smelt.core.job import Job
-from smelt.core.method import Lossless
+from smelt.core.method import Codec, Lossless, Rewrite
+from smelt.core.output import replacing
 from smelt.core.progress import Progress
 from smelt.core.recipe import Recipe, Step, Train
 from smelt.core.report import Report, Row
 from smelt.core.source import Source
-from smelt.core.store import store_of
-from smelt.core.target import check_finite, targets
+from smelt.core.store import has_store, store_of, strip
+from smelt.core.target import check_finite, check_usable, select, targets
 from smelt.formats import smelt as smelt_file
 from smelt.measure import examples, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
 from smelt.measures.bytes import checkpoint_bytes
 from smelt.models._open import open_model
-from smelt.train.loop import Loop, fit
+from smelt.train.loop import Loop, fit, task_loss
 from smelt.version import __version__
 
 
@@ -85,7 +87,19 @@ def compress(
         RecipeError, RuleError, ModelError, DataError, OutputError: one line that names what is wrong.
         KeyboardInterrupt: with `job.cache`, the next call with the same arguments goes on where this one stopped.
     """
-    return _Run(Source.of(model), Recipe.of(recipe), job or Job(), progress or Progress()).run()
+    return _Run(_source(model), Recipe.of(recipe), job or Job(), progress or Progress()).run()
+
+
+def _source(model: Any) -> Source:
+    """Where a model comes from; one that was loaded from a file still knows its builder."""
+    if isinstance(model, Source):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"compress takes a torch.nn.Module or a smelt.Source, not a {type(model).__name__}")
+    known = store_of(model).source if has_store(model) else None
+    if known is None or known.builder not in shelf.names("models"):
+        return Source.of(model)
+    return Source.of(model, known.builder, known.arguments)
 
 
 class _Run:
@@ -95,24 +109,25 @@ class _Run:
         if source.module is None:
             raise ModelError("this source has no module to compress; give one, or a builder of one")
         self.source, self.recipe, self.job, self.progress = source, recipe, job, progress
-        self.given = source.module
+        check_usable(source.module)
+        self.given = _copy(source.module).to(job.device).eval()
+        self.blank = self._bare()
         self.report = Report(recipe=recipe.to_plain())
         self.tail = tuple(s.act for s in recipe if isinstance(s.act, Lossless))
-        self.examples: Any = None
+        self.keys: list[str] | None = None
 
     def run(self) -> Result:
-        check_finite(targets(self.given))
-        self._check_data()
-        self.blank = self._bare()
-        keep = Path(self.job.cache) if self.job.cache is not None and self._key(0) else None
-        if self.job.cache is not None and keep is None:
-            self.report.notes.append("nothing was cached: the data has no fingerprint")
-        with tempfile.TemporaryDirectory(prefix="smelt-") as scratch:
-            folder = keep or Path(scratch)
-            folder.mkdir(parents=True, exist_ok=True)
+        self._check()
+        job = self.job
+        if job.cache is not None:
+            self.keys = keys(self.source, self.given, self.recipe, job)
+            if self.keys is None:
+                self.report.notes.append("nothing was cached: the data or the teacher cannot be recognised again")
+        with tempfile.TemporaryDirectory(prefix="smelt-") as scratch, torch.random.fork_rng(devices=[]):
+            folder = Path(scratch) if self.keys is None else cache_folder(job.cache)
             model = _copy(self.given)
             store_of(model).source = self.source
-            self._measure(0, "original", model, checkpoint_bytes(model))
+            self._note(self._measured(0, "original", model, checkpoint_bytes(model)), [])
             for index, step in enumerate(self.recipe, 1):
                 self.progress.begin(index, len(self.recipe), step.key)
                 model = self._step(index, step, model, folder)
@@ -121,10 +136,10 @@ class _Run:
         return Result(model, self.report, self.recipe)
 
     def _bare(self) -> nn.Module:
-        """The module as its builder made it, for files to be loaded into."""
-        if not store_of(self.given).edits:
-            bare = _copy(self.given)
-            bare.__dict__.pop("_smelt", None)
+        """The module as its builder made it, on the CPU, for files to be loaded into."""
+        if not has_store(self.given) or not store_of(self.given).edits:
+            bare = _copy(self.given).cpu()
+            strip(bare)
             return bare
         if self.source.builder is None:
             raise ModelError(
@@ -132,34 +147,58 @@ class _Run:
             )
         return open_model(self.source.builder, None, dict(self.source.arguments))[0]
 
+    def _check(self) -> None:
+        """Look at the weights, the first batch of every split and the selectors before any work is done."""
+        check_finite(targets(self.given))
+        data = self.job.data
+        if data is not None:
+            data_module.check(data, labels=False)
+            for split, loader in data.splits().items():
+                inputs, _ = batch(next(iter(loader)))
+                with evaluating(self.given):
+                    where = f"on batch 1 of the split {split!r}"
+                    forward_or_raise(self.given, move(inputs, self.job.device), where)
+            if data.test is not None:
+                evaluate(self.given, [next(iter(data.test))], self.job.metric, self.job.device)
+        for step in self.recipe:
+            if isinstance(step.act, Rewrite):
+                break  # what follows selects from another structure
+            for one in (step, *step.pieces):
+                if isinstance(one.act, Codec):
+                    select(targets(self.given), one.on or "*", all_kinds=one.act.lossless)
+
     def _step(self, index: int, step: Step, model: nn.Module, folder: Path) -> nn.Module:
         """Act, write, load and measure; or take all of it from the cache."""
         label = f"{index}: {step.key}"
-        stem = folder / f"{self._key(index) or index}"
+        stem = folder / (self.keys[index] if self.keys else str(index))
         path, rows = stem.with_suffix(".smelt"), stem.with_suffix(".json")
+        if isinstance(step.act, Lossless):
+            apply_step(model, step, label, batches=None, seed=self.job.seed, tail=self.tail)
         if path.exists() and rows.exists():
             try:
-                kept = json.loads(rows.read_text())
-                loaded = self._load(path, model, index)
-            except (SmeltError, OSError, ValueError):
+                found, loaded = Report.from_plain(json.loads(rows.read_text())), self._load(path, model)
+            except (SmeltError, OSError, ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)  # a damaged cache is no cache
             else:
-                found = Report.from_plain(kept)
-                self.report.rows += found.rows
-                self.report.notes += found.notes
+                self._note(found.rows, found.notes)
                 return loaded
         notes = self._act(step, label, model, stem)
         smelt_file.save(model, path, recipe=self.recipe.to_plain(), force=True)
-        loaded = self._load(path, model, index)
-        before = len(self.report.rows)
-        self._measure(index, step.key, loaded, path.stat().st_size)
-        found = Report(self.report.rows[before:], notes=notes)
-        _write(rows, found.to_json())
-        self.report.notes += notes
+        loaded = self._load(path, model)
+        found = Report(self._measured(index, step.key, loaded, path.stat().st_size), notes=notes)
+        text = found.to_json().encode()
+        with replacing(rows, True, len(text)) as file:
+            file.write(text)
+        self._note(found.rows, notes)
         return loaded
+
+    def _note(self, rows: Sequence[Row], notes: Sequence[str]) -> None:
+        self.report.rows += rows
+        self.report.notes += notes
 
     def _act(self, step: Step, label: str, model: nn.Module, stem: Path) -> list[str]:
         train = self.job.data.train if self.job.data else None
+        torch.manual_seed(self.job.seed)
         if isinstance(step.act, Train):
             loop = Loop(
                 self.job.data or Data(),
@@ -168,32 +207,33 @@ class _Run:
                 self._score(),
                 self.job.device,
                 self.job.seed,
-                stem.with_suffix(".training"),
+                stem.with_suffix(".training") if self.keys else None,
+                self.tail,
             )
             return fit(model, step, loop, self.progress)
+        if isinstance(step.act, Lossless):
+            return []
+        if isinstance(train, Batches):
+            train.set_epoch(0)
         return apply_step(model, step, label, batches=train, seed=self.job.seed, tail=self.tail)
 
-    def _load(self, path: Path, model: nn.Module, index: int) -> nn.Module:
+    def _load(self, path: Path, model: nn.Module) -> nn.Module:
         """The written file as a module, with what a file does not keep: source, names of the steps, lossless tails."""
         loaded = smelt_file.load(path, into=_copy(self.blank)).to(self.job.device)
         old, new = store_of(model), store_of(loaded)
-        new.source = self.source
+        new.source, new.tails = self.source, dict(old.tails)
         for name, entry in new.entries.items():
             if name in old.entries:
                 entry.steps = old.entries[name].steps
-        for step in self.recipe.steps[:index]:
-            if isinstance(step.act, Lossless):
-                for target in chosen(loaded, step, step.key)[0]:
-                    new.tails[target.name] = (*new.tails.get(target.name, ()), step.act)
         return loaded
 
     def _finish(self, model: nn.Module, scratch: Path) -> nn.Module:
         """Write the final file, with the report inside, and make sure that it is the model that was measured."""
         path = scratch / "final.smelt"
         size = smelt_file.save(model, path, recipe=self.recipe.to_plain(), report=self.report.short())
-        final = self._load(path, model, len(self.recipe))
+        final = self._load(path, model)
         for a, b in zip(targets(model), targets(final), strict=True):
-            if not torch.equal(a.tensor, b.tensor):
+            if not torch.equal(a.tensor.nan_to_num(), b.tensor.nan_to_num()):
                 raise ModelError(f"{a} is not the same after saving and loading; please report this")
         last = max(row.step for row in self.report.rows)
         self.report.rows = [
@@ -204,10 +244,11 @@ class _Run:
         self._conditions()
         return final
 
-    def _measure(self, index: int, after: str, model: nn.Module, size: int) -> None:
+    def _measured(self, index: int, after: str, model: nn.Module, size: int) -> list[Row]:
         """Rows of one step, taken on a model that was loaded from its file (step 0: the model as it came)."""
         job = self.job
-        self.report.rows += measure(
+        torch.manual_seed(job.seed)
+        return measure(
             model,
             job.data,
             job.metric,
@@ -226,45 +267,22 @@ class _Run:
         return text if metric is None else f"{text}, {metric.measure} {metric.value:.2f}{metric.unit}"
 
     def _score(self) -> Callable[[nn.Module, Iterable[Any]], float]:
-        direction = higher_is_better(self.job.metric)
-        metric = self.job.metric if direction is not None else "loss"
-        sign = 1.0 if higher_is_better(metric) else -1.0
-        return lambda model, loader: sign * evaluate(model, loader, metric, self.job.device, "held out")
+        """The metric where its direction is known, else the negative of the loss that is trained."""
+        job, better = self.job, higher_is_better(self.job.metric)
+        if better is not None:
+            sign = 1.0 if better else -1.0
+            return lambda model, loader: sign * evaluate(model, loader, job.metric, job.device, "held out")
+        loss = job.loss or task_loss
 
-    def _check_data(self) -> None:
-        """Look at the first batches before any work is done."""
-        if self.job.data is None:
-            return
-        data_module.check(self.job.data, labels=False)
-        data = self.job.data
-        self.examples = examples(data, self.job.device)
-        if data.test is not None:
-            first = [next(iter(data.test))]
-            evaluate(self.given.to(self.job.device), first, self.job.metric, self.job.device)
+        def trained(outputs: Any, labels: Any) -> float:
+            return float(loss(outputs, labels))
 
-    def _key(self, index: int) -> str:
-        """What the state after step `index` depends on, hashed; '' when that cannot be known."""
-        data = self.job.data
-        teacher = self.job.teacher
-        if (data is not None and data.fingerprint is None) or not (teacher is None or isinstance(teacher, nn.Module)):
-            return ""
-        if not hasattr(self, "_base"):
-            guide = Source.of(teacher).fingerprint() if isinstance(teacher, nn.Module) else ""
-            loss = getattr(self.job.loss, "__qualname__", "")
-            parts = [
-                self.source.fingerprint(),
-                data.fingerprint if data else "",
-                guide,
-                loss,
-                metric_name(self.job.metric),
-            ]
-            parts += [str(self.job.seed), self.job.device, str(self.job.latency), __version__, torch.__version__]
-            self._base = "\n".join(str(p) for p in parts)
-        return hashlib.sha256(f"{self._base}\n{self.recipe.prefix_hash(index)}".encode()).hexdigest()[:32]
+        return lambda model, loader: -evaluate(model, loader, trained, job.device, "held out")
 
     def _conditions(self) -> None:
         threads = self.job.threads or torch.get_num_threads()
-        size = samples(self.examples) if self.examples is not None else 0
+        inputs = examples(self.job.data, self.job.device)
+        size = samples(inputs) if inputs is not None else 0
         self.report.conditions = {
             "date": date.today().isoformat(),
             "smelt": __version__,
@@ -275,7 +293,7 @@ class _Run:
             "data": self.job.data.name if self.job.data else "none",
             "seed": str(self.job.seed),
             "file, step 0": "the model as a safetensors checkpoint, floats as fp32",
-            "latency": f"forward of a batch of {size}, {threads} threads; median and quartiles of 30, after 5 to warm up",
+            "latency": f"forward of {size} samples, {threads} threads; median and quartiles of 30 after 5 to warm up",
             "peak memory": f"live tensors (weights, inputs, activations) during one forward of a batch of {size}",
         }
         stored = [e.encoded for e in store_of(self.given).entries.values()]
@@ -304,12 +322,6 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}); give smelt.Source(builder=...) instead"
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def processor() -> str:

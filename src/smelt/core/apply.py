@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smelt.core.edit import Note, find
+from smelt.core.edit import Note
 from smelt.core.encoded import Encoded
 from smelt.core.errors import DataError, RuleError
 from smelt.core.method import Codec, Lossless, Rewrite, State, Stats, Values
@@ -78,15 +78,27 @@ def _apply_codec(
     for target in members:
         _, _, x, where = eat(codec, target, model, label)
         seen[target.name] = Values(x, where)
-    wanted = {t.places[0][0]: [("input", s) for s in codec.needs_at("weight")] for t in members}
-    gathered = _gathered(model, wanted, batches, label)
+    gathered = weight_statistics(model, codec, members, batches, label)
     plan = codec.plan(seen, {}, lambda e: rest_bytes(pack(e, tail)))
     for target in members:
-        by_name = {name: value for (_, name), value in gathered.get(target.places[0][0], {}).items()}
-        stats = Stats(seen[target.name].where, by_name, seed ^ zlib.crc32(target.name.encode()))
+        stats = Stats(seen[target.name].where, gathered[target.name], seed_of(seed, target.name))
         own = plan[target.name]
         encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
     return notes
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Another seed for every tensor, the same in every run."""
+    return seed ^ zlib.crc32(name.encode())
+
+
+def weight_statistics(
+    model: nn.Module, codec: Codec, members: Sequence[Target], batches: Iterable[Any] | None, label: str
+) -> dict[str, dict[str, Any]]:
+    """What a codec asks to know for each of its weights: target name -> statistic -> result."""
+    wanted = {t.places[0][0]: [("input", s) for s in codec.needs_at("weight")] for t in members}
+    gathered = _gathered(model, wanted, batches, label)
+    return {t.name: {name: v for (_, name), v in gathered.get(t.places[0][0], {}).items()} for t in members}
 
 
 def encode_chain(model: nn.Module, target: Target, codec: Codec, state: State, label: str) -> None:
@@ -118,12 +130,12 @@ def apply_activations(
     codec = step.act
     assert isinstance(codec, Codec)
     members, notes = chosen(model, step, label)
-    paths = list(dict.fromkeys(t.places[0][0] for t in members))
+    paths = list(dict.fromkeys(path for t in members for path, _ in t.places))
     wanted = {path: [(step.at, s) for s in codec.needs_at(step.at)] for path in paths}
     gathered = _gathered(model, wanted, batches, label)
     held = store_of(model)
     for path in paths:
-        weight = find(model, next(t.name for t in members if t.places[0][0] == path)).tensor
+        weight = next(t.tensor for t in members if path in [place for place, _ in t.places])
         by_name = {name: value for (_, name), value in gathered.get(path, {}).items()}
         state = codec.fit(weight.new_zeros(0), Stats(None, by_name, seed)) if codec.needs_at(step.at) else State()
         activation = Activation(path, step.at, codec, state)

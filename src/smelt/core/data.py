@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from smelt.core.errors import DataError, ModelError
+from smelt.core.errors import DataError, ModelError, SmeltError
+from smelt.core.named import first_line
 
 SPLITS = ("train", "valid", "test")
 LABELS = ("labels", "label", "target")
@@ -120,7 +121,7 @@ class Batches:
             digest.update(describe(tensor).encode())
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digest.update(repr((self.batch_size, self.shuffle, self.seed, _identity(self.transform))).encode())
+        digest.update(repr((self.batch_size, self.shuffle, self.seed, identity(self.transform))).encode())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -131,7 +132,7 @@ def _generator(seed: int, epoch: int, purpose: str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _identity(function: Any) -> str:
+def identity(function: Any) -> str:
     """Equal for equal functions; what shows an address instead of its content never equals anything."""
     text = repr(function)
     if (code := getattr(function, "__code__", None)) is not None:
@@ -188,6 +189,12 @@ def fingerprint(splits: Mapping[str, Iterable[Any] | None]) -> str | None:
     known = {name: loader for name, loader in sorted(splits.items()) if loader is not None}
     marks = [f"{name}={loader.fingerprint()}" for name, loader in known.items() if isinstance(loader, Batches)]
     return hashlib.sha256(";".join(marks).encode()).hexdigest() if len(marks) == len(known) else None
+
+
+def check_data(data: Any) -> None:
+    """Raise DataError for what is neither `Data` nor None."""
+    if data is not None and not isinstance(data, Data):
+        raise DataError(f"data is a {type(data).__name__}; wrap your loaders: smelt.Data(train=..., test=...)")
 
 
 def check(data: Data, *, labels: bool = False, needs: Sequence[str] = ()) -> None:
@@ -291,11 +298,21 @@ def describe(inputs: Any) -> str:
     return ", ".join(found) or type(inputs).__name__
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
     """model(x), model(*x) for a tuple or list, model(**x) for a mapping."""
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def forward_or_raise(model: Callable[..., Any], inputs: Any, where: str) -> Any:
+    """`forward`, with ModelError in one line for whatever goes wrong: 'the model fails {where}, given ...'."""
+    try:
+        return forward(model, inputs)
+    except SmeltError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the model fails {where}, given {describe(inputs)}: {first_line(error)}") from error
 
 
 def logits_of(output: Any) -> Tensor:

@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+LISTED = 10  # choices that an error lists at most
+
+
 class SmeltError(Exception):
     exit_code = 1
 
@@ -46,13 +49,14 @@ class OutputError(SmeltError, OSError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """What to append to an error about an unknown word: the nearest choice, else all of them.
+    """What to append to an error about an unknown word: the nearest choice, else the first of them.
 
     >>> nearest("ration", ["ratio", "score"])
     "; did you mean 'ratio'?"
     """
-    choices = sorted(choices)
-    close = get_close_matches(str(word), choices, n=1)
+    known = sorted(set(choices))
+    close = get_close_matches(str(word), known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(choices)}" if choices else ""
+    shown = [*known[:LISTED], *(["..."] if len(known) > LISTED else [])]
+    return f"; there is {', '.join(shown)}" if known else ""

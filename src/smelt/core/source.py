@@ -34,7 +34,7 @@ class Source:
     def of(model: nn.Module | Source, builder: str | None = None, arguments: Mapping[str, Any] | None = None) -> Source:
         if isinstance(model, Source):
             return model
-        lazy = {t.name: (lambda t=t: t.tensor.detach()) for t in targets(model)}  # type: ignore[misc]
+        lazy = {t.name: t.tensor.detach for t in targets(model)}
         return Source(model, lazy, builder, dict(arguments or {}))
 
     def read(self) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smelt.core import shelf
-from smelt.core.data import batch, evaluating, forward, move, tensors
+from smelt.core.data import batch, evaluating, forward_or_raise, move, tensors
 from smelt.core.edit import submodule
 from smelt.core.errors import DataError
 
@@ -60,7 +60,7 @@ def gather(
 
     Raises:
         RecipeError: no such statistic.
-        ModelError: no such module.
+        ModelError: no such module, or a forward that fails.
         DataError: a place that no batch reaches, or values that a statistic refuses; naming the module.
     """
     found: dict[tuple[str, str, str], Statistic] = {}
@@ -93,7 +93,7 @@ def gather(
             hooks.callback(handle.remove)
         device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
         for item in islice(batches, limit):
-            forward(model, move(batch(item)[0], device))
+            forward_or_raise(model, move(batch(item)[0], device), "while statistics are gathered")
     result: dict[str, dict[tuple[str, str], Any]] = {path: {} for path in wanted}
     for (path, place, name), statistic in found.items():
         if (path, place, name) not in reached:

@@ -42,13 +42,18 @@ class Activation:
     at: str
     codec: Codec
     state: State
+    handle: Any = field(default=None, repr=False, compare=False)
 
     def install(self, model: nn.Module) -> None:
         module = model.get_submodule(self.path)
         if self.at == "input":
-            module.register_forward_pre_hook(self._before)
+            self.handle = module.register_forward_pre_hook(self._before)
         else:
-            module.register_forward_hook(self._after)
+            self.handle = module.register_forward_hook(self._after)
+
+    def remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if not inputs:
@@ -61,7 +66,10 @@ class Activation:
         return self._pass(output)
 
     def _pass(self, x: Any) -> Any:
-        return self.codec.simulate(x, self.state) if isinstance(x, Tensor) and x.is_floating_point() else x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        self.state.to(x.device)
+        return self.codec.simulate(x, self.state)
 
 
 @dataclass
@@ -83,6 +91,19 @@ def store_of(model: nn.Module) -> Store:
     if found is None:
         found = model.__dict__["_smelt"] = Store()
     return found  # type: ignore[no-any-return]
+
+
+def has_store(model: nn.Module) -> bool:
+    return "_smelt" in model.__dict__
+
+
+def strip(model: nn.Module) -> None:
+    """Forget what is stored of a model and take its activation codecs out; edits stay done."""
+    model.__dict__.pop("_smelt", None)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Activation)]:
+                del hooks[key]
 
 
 @torch.no_grad()
@@ -136,7 +157,9 @@ def eat(
         return None, None, target.tensor.detach(), None
     leaves = dict(entry.encoded.leaves())
     floating = [p for p in entry.encoded.carriers() if leaves[p].is_floating_point()]
-    if len(floating) != 1:
+    if len(floating) > 1:
+        raise RuleError(f"{step}: {target} keeps its values in several tensors, {entry.encoded}; none can stand for it")
+    if not floating:
         raise RuleError(
             f"{step}: {target} has no floating values left to store; "
             f"{entry.steps[-1]} keeps it as {entry.encoded} (put {codec.name} before it, or take one of them out)"

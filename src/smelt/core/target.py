@@ -92,8 +92,17 @@ def _matches(target: Target, pattern: str, all_kinds: bool) -> bool:
 
 
 def check_finite(everything: Sequence[Target]) -> None:
-    """Raise ModelError naming the first tensor with NaN or infinite values."""
+    """Raise ModelError naming the first parameter with NaN or infinite values; a buffer may hold -inf, as masks do."""
     for target in everything:
-        if target.tensor.is_floating_point() and not bool(torch.isfinite(target.tensor).all()):
+        if target.parameter and target.tensor.is_floating_point() and not bool(torch.isfinite(target.tensor).all()):
             bad = int((~torch.isfinite(target.tensor)).sum())
             raise ModelError(f"{target} holds {bad} NaN or infinite values; a model to compress must be finite")
+
+
+def check_usable(model: nn.Module) -> None:
+    """Raise ModelError for tensors that hold no values yet: on the meta device, or of lazy modules."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(f"{name} is not initialised; run one batch through the model first")
+        if tensor.is_meta:
+            raise ModelError(f"{name} is on the meta device and holds no values; load weights first")

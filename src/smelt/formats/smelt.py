@@ -244,6 +244,8 @@ def _fill(file: File, model: nn.Module, edits: Sequence[Edit]) -> None:
         dense = file.dense(target.name, tree)
         if isinstance(tree, Encoded):
             held.entries[target.name] = Entry(tree, (file.path.name,))
+        if coders := _coders(file.resting(target.name)):
+            held.tails[target.name] = coders
         if target.tensor.is_meta or target.tensor.dtype != dense.dtype:
             put(model, target, dense.clone(memory_format=torch.contiguous_format).to(_real(target.tensor.device)))
         else:
@@ -257,6 +259,20 @@ def _fill(file: File, model: nn.Module, edits: Sequence[Edit]) -> None:
             activation.state.to(device)
             activation.install(model)
         held.activations.append(activation)
+
+
+def _coders(part: Tensor | Encoded) -> tuple[Lossless, ...]:
+    """The lossless codecs with which a tensor was written, so that it is written so again."""
+    names: dict[str, None] = {}
+
+    def walk(node: Tensor | Encoded) -> None:
+        if isinstance(node, Encoded):
+            names.setdefault(f"code.{node.form.name}")
+            for inner in node.parts.values():
+                walk(inner)
+
+    walk(part)
+    return tuple(make(name) for name in names if name in shelf.names("methods"))
 
 
 def _real(device: torch.device) -> torch.device:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from smelt.core.data import batch, describe, evaluating, forward, logits_of, move, samples
-from smelt.core.errors import DataError, ModelError, SmeltError, nearest
+from smelt.core.data import batch, describe, evaluating, forward_or_raise, logits_of, move, samples
+from smelt.core.errors import DataError, SmeltError, nearest
 from smelt.core.named import first_line
 
 IGNORED = -100
@@ -54,7 +54,7 @@ def evaluate(
             inputs, labels = batch(item)
             inputs, labels = move(inputs, device), move(labels, device)
             where = f"the metric {_name(metric)!r} on batch {number} of the split {split!r}"
-            outputs = _outputs(model, inputs, f"on batch {number} of the split {split!r}")
+            outputs = logits_of(forward_or_raise(model, inputs, f"on batch {number} of the split {split!r}"))
             if known is not None:
                 value, n = _built_in(known, outputs, labels, where)
             else:
@@ -133,15 +133,6 @@ def _whole(metric: Callable[..., Any]) -> bool:
         return list(inspect.signature(metric).parameters)[:2] == ["model", "loader"]
     except (TypeError, ValueError):
         return False
-
-
-def _outputs(model: nn.Module, inputs: Any, where: str) -> Tensor:
-    try:
-        return logits_of(forward(model, inputs))
-    except SmeltError:
-        raise
-    except Exception as error:
-        raise ModelError(f"the model fails {where}, given {describe(inputs)}: {first_line(error)}") from error
 
 
 def _custom(metric: Any, first: Any, second: Any, where: str) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from smelt.core.data import Batches, Data, Guided, batch, forward, logits_of, move
+from smelt.core.data import Batches, Data, Guided, batch, evaluating, forward, forward_or_raise, logits_of, move
 from smelt.core.errors import DataError, ModelError
+from smelt.core.method import Lossless
+from smelt.core.output import replacing
 from smelt.core.progress import Progress
 from smelt.core.recipe import Step, Train
 from smelt.train.training import training
@@ -28,6 +30,7 @@ class Loop:
 
     score: value of a model on a loader, larger is better; selects epochs on the held-out split.
     checkpoint: file that holds the state after each epoch, or None for no resuming.
+    tail: lossless codecs with which candidates are priced.
     """
 
     data: Data
@@ -37,6 +40,7 @@ class Loop:
     device: str = "cpu"
     seed: int = 0
     checkpoint: Path | None = None
+    tail: tuple[Lossless, ...] = ()
 
 
 def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = None) -> list[str]:
@@ -44,13 +48,15 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
 
     Raises:
         DataError: no training data, or a loss without labels.
-        ModelError: the loss became NaN or infinite.
+        ModelError: the loss became NaN or infinite, or the forward pass fails.
     """
     act = step.act
     assert isinstance(act, Train)
     progress = progress or Progress()
     train, valid, notes = _split(loop.data, act, loop.seed)
     per_epoch = _length(train)
+    if hasattr(train, "set_epoch"):
+        train.set_epoch(0)
     torch.manual_seed(loop.seed)
     context = training(
         model,
@@ -60,41 +66,68 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
         calibration=train,
         refresh=act.refresh,
         seed=loop.seed,
+        tail=loop.tail,
     )
     # Adam's moments of pruned weights decay into denormal numbers, which are several times slower to add.
     torch.set_flush_denormal(True)
-    with context as t:
-        optimizer = _optimizer(act, list(t.parameters()))
-        best, best_state, best_epoch = -math.inf, None, 0
-        start = 0
-        if loop.checkpoint is not None and loop.checkpoint.exists():
-            start, best, best_epoch, best_state = _resume(loop.checkpoint, t, optimizer, per_epoch)
-        for epoch in range(start, act.epochs):
-            torch.manual_seed(loop.seed + 1000 * (epoch + 1))
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
-            mean = _one_epoch(model, train, t, optimizer, act, loop, epoch, per_epoch, progress)
-            t.epoch()
-            if valid is not None and act.keep == "best" and loop.score is not None and t.settled:
-                value = loop.score(model, valid)
-                if value >= best:
-                    best, best_state, best_epoch = value, t.state(), epoch + 1
-                progress.advance(
-                    per_epoch * (epoch + 1), per_epoch * act.epochs, f"loss {mean:.4f} held-out {value:.2f}"
-                )
-                if act.patience is not None and epoch + 1 - best_epoch >= act.patience:
-                    notes.append(f"train stopped after epoch {epoch + 1}: no better for {act.patience} epochs")
-                    break
-            if loop.checkpoint is not None:
-                _save(loop.checkpoint, t, optimizer, epoch + 1, best, best_epoch, best_state)
-        if best_state is not None:
-            t.load(best_state)
-        notes += t.notes
-    torch.set_flush_denormal(False)
+    try:
+        with context as t:
+            _epochs(model, train, valid, t, act, loop, per_epoch, progress, notes)
+            notes += t.notes
+    finally:
+        torch.set_flush_denormal(False)
     model.eval()
     if loop.checkpoint is not None:
         loop.checkpoint.unlink(missing_ok=True)
     return notes
+
+
+@dataclass
+class _Best:
+    """The best epoch so far on the held-out split; of equals the later, for a tie has trained longer."""
+
+    value: float = -math.inf
+    gained: int = 0  # the epoch of the last real gain
+    state: dict[str, Tensor] | None = None
+
+
+def _epochs(
+    model: nn.Module,
+    train: Any,
+    valid: Any,
+    t: training,
+    act: Train,
+    loop: Loop,
+    per_epoch: int,
+    progress: Progress,
+    notes: list[str],
+) -> None:
+    optimizer = _optimizer(act, list(t.parameters()))
+    layout = _layout(model, train, loop.device)
+    start, best = 0, _Best()
+    if loop.checkpoint is not None and loop.checkpoint.exists():
+        start, best = _resume(loop.checkpoint, t, optimizer, per_epoch)
+    for epoch in range(start, act.epochs):
+        torch.manual_seed(loop.seed + 1000 * (epoch + 1))
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(epoch)
+        mean = _one_epoch(model, train, t, optimizer, act, loop, epoch, per_epoch, layout, progress)
+        t.epoch()
+        if valid is not None and loop.score is not None and t.settled:
+            value = loop.score(model, valid)
+            if value > best.value:
+                best.gained = epoch + 1
+            if value >= best.value:
+                best.value = value
+                best.state = t.state() if act.keep == "best" else None
+            progress.advance(per_epoch * (epoch + 1), per_epoch * act.epochs, f"loss {mean:.4f} held-out {value:.2f}")
+            if act.patience is not None and epoch + 1 - best.gained >= act.patience:
+                notes.append(f"train stopped after epoch {epoch + 1}: no better for {act.patience} epochs")
+                break
+        if loop.checkpoint is not None:
+            _save(loop.checkpoint, t, optimizer, epoch + 1, best)
+    if best.state is not None:
+        t.load(best.state)
 
 
 def _one_epoch(
@@ -106,6 +139,7 @@ def _one_epoch(
     loop: Loop,
     epoch: int,
     per_epoch: int,
+    layout: Callable[[Any], Any],
     progress: Progress,
 ) -> float:
     model.train()
@@ -117,7 +151,7 @@ def _one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = act.lr * rate(act, done / (act.epochs * per_epoch))
         with torch.autocast(loop.device.split(":")[0], torch.bfloat16, enabled=act.precision == "bfloat16"):
-            outputs = forward(model, _channels_last(inputs))
+            outputs = forward(model, layout(inputs))
         hard = None
         if labels is not None and act.hard:
             hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
@@ -144,10 +178,25 @@ def _one_epoch(
 
 
 def _channels_last(inputs: Any) -> Any:
-    """Images in the layout in which convolutions run 1.5 to 2 times as fast; other inputs as they are."""
     if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point():
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs
+
+
+def _layout(model: nn.Module, train: Iterable[Any], device: str) -> Callable[[Any], Any]:
+    """How inputs are laid out in memory.
+
+    Images go channels-last, in which convolutions run 1.5 to 2 times as fast, unless the model cannot take them so
+    (`view` after a convolution).  Raises ModelError for a model that fails either way.
+    """
+    inputs = move(batch(next(iter(train)))[0], device)
+    with evaluating(model):
+        forward_or_raise(model, inputs, "on the first training batch")
+        try:
+            forward(model, _channels_last(inputs))
+        except RuntimeError:
+            return lambda x: x
+    return _channels_last
 
 
 def task_loss(outputs: Tensor, labels: Any) -> Tensor:
@@ -181,12 +230,12 @@ def _optimizer(act: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimi
 def _split(data: Data, act: Train, seed: int) -> tuple[Any, Any, list[str]]:
     """(training batches, held-out batches or None, notes)"""
     if data.train is None:
-        raise DataError(f"train needs training data; {data.name!r} has none")
-    if act.keep == "last" and act.patience is None:
+        raise DataError("train needs training data; give Job(data=...) or --data with a split 'train'")
+    if (act.keep == "last" and act.patience is None) or not (data.valid or act.hold_out):
         return data.train, None, []
     if data.valid is not None:
         return data.train, data.valid, []
-    if isinstance(data.train, Batches) and act.hold_out:
+    if type(data.train) is Batches:
         rest, held = data.train.split(act.hold_out, seed)
         return rest, held, []
     return data.train, None, ["train kept the last epoch: a loader of your own needs Data(valid=...) to select on"]
@@ -202,35 +251,38 @@ def _length(loader: Any) -> int:
     return int(n)
 
 
-def _save(
-    path: Path, t: training, optimizer: torch.optim.Optimizer, epoch: int, best: float, best_epoch: int, best_state: Any
-) -> None:
+def _save(path: Path, t: training, optimizer: torch.optim.Optimizer, epoch: int, best: _Best) -> None:
     """The state after an epoch as a safetensors file, renamed into place."""
     tensors = {f"now/{k}": v.contiguous() for k, v in t.state().items()}
-    tensors |= {f"best/{k}": v.contiguous() for k, v in (best_state or {}).items()}
+    tensors |= {f"best/{k}": v.contiguous() for k, v in (best.state or {}).items()}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).clone().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, {"epoch": str(epoch), "best": repr(best), "best_epoch": str(best_epoch)})
-    os.replace(part, path)
+    meta = {"epoch": epoch, "best": best.value, "gained": best.gained, "plans": t.plans()}
+    data = to_bytes(tensors, {"smelt": json.dumps(meta)})
+    with replacing(path, True, len(data)) as file:
+        file.write(data)
 
 
-def _resume(
-    path: Path, t: training, optimizer: torch.optim.Optimizer, per_epoch: int
-) -> tuple[int, float, int, dict[str, Tensor] | None]:
-    with safe_open(str(path), "pt") as f:
-        meta = f.metadata()
-        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a mapping)
-    epoch = int(meta["epoch"])
-    t.resume(epoch * per_epoch)
-    t.load({k[4:]: v for k, v in tensors.items() if k.startswith("now/")})
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    best = {k[5:]: v for k, v in tensors.items() if k.startswith("best/")}
-    return epoch, float(meta["best"]), int(meta["best_epoch"]), best or None
+def _resume(path: Path, t: training, optimizer: torch.optim.Optimizer, per_epoch: int) -> tuple[int, _Best]:
+    """(epochs that are done, the best of them); a damaged file counts as none."""
+    fresh = t.state()
+    try:
+        with safe_open(str(path), "pt") as f:
+            meta = json.loads(f.metadata()["smelt"])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a mapping)
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                state.setdefault(int(index), {})[name] = value
+        epoch = int(meta["epoch"])
+        t.resume(epoch * per_epoch, meta["plans"])
+        t.load({k[4:]: v for k, v in tensors.items() if k.startswith("now/")})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best/")}
+        return epoch, _Best(float(meta["best"]), int(meta["gained"]), best or None)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+        path.unlink(missing_ok=True)
+        t.restart(fresh)
+        return 0, _Best()

@@ -15,101 +15,51 @@ tied; outside, the model is an ordinary module again.
 
 from __future__ import annotations
 
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smelt.core.apply import apply_activations, apply_rewrite, chosen, encode_chain
-from smelt.core.data import forward, logits_of
+from smelt.core.apply import (
+    apply_activations,
+    apply_rewrite,
+    chosen,
+    encode_chain,
+    seed_of,
+    weight_statistics,
+)
+from smelt.core.data import evaluating, forward, forward_or_raise, logits_of
 from smelt.core.edit import submodule
-from smelt.core.encoded import Encoded
 from smelt.core.errors import DataError, RecipeError
-from smelt.core.method import Codec, Method, Objective, Rewrite, Seen, State, Stats, Values
+from smelt.core.method import Codec, Lossless, Method, Objective, Rewrite, Seen, Stats
 from smelt.core.recipe import Recipe, Step
 from smelt.core.settings import ramps, resolve
-from smelt.core.store import eat, renew, store_of
+from smelt.core.store import eat, pack, renew, rest_bytes, store_of
 from smelt.core.target import Target, targets
+from smelt.train.slot import Group, Link, Slot
 
 # Share of the loop after which a codec that settles (a mask) no longer moves, unless its ramp says otherwise.
 SETTLED = 0.75
 
 
-@dataclass
-class _Link:
-    """One codec acting on one tensor."""
-
-    codec: Codec
-    label: str
-    state: State | None = None
-
-
-@dataclass
-class _Slot:
-    """One tensor whose value is computed from its parameters at each forward pass.
-
-    `leaves`: path of a floating leaf -> its parameter ('' for a tensor that is not stored yet).
-    `carrier`: the path in `leaves` on which the links act.
-    """
-
-    target: Target
-    encoded: Encoded | None
-    leaves: dict[str, nn.Parameter]
-    carrier: str | None
-    where: Tensor | None
-    links: list[_Link] = field(default_factory=list)
-
-    def value(self) -> Tensor:
-        if self.encoded is None:
-            return self._chain(self.leaves[""]).to(self.target.tensor.dtype)
-        chained = self._chain(self.leaves[self.carrier]) if self.carrier and self.links else None
-
-        def now(path: str, leaf: Tensor) -> Tensor:
-            return chained if chained is not None and path == self.carrier else self.leaves.get(path, leaf)
-
-        return self.encoded.map(now).decode()
-
-    def _chain(self, x: Tensor) -> Tensor:
-        for link in self.links:
-            if link.state is not None:
-                x = link.codec.simulate(x, link.state)
-        return x
-
-    def seen_by(self, link: _Link) -> Values:
-        """The values that reach a link, and the mask of earlier pruning."""
-        index = self.links.index(link)
-        where = self.where
-        with torch.no_grad():
-            x = self.leaves[self.carrier or ""].detach()
-            for earlier in self.links[:index]:
-                if earlier.state is not None:
-                    mask = earlier.codec.encode(x, earlier.state).where()
-                    where = mask if where is None or mask is None else where & mask
-                    x = earlier.codec.simulate(x, earlier.state)
-            return Values(x, where)
-
-    def current(self) -> Encoded | None:
-        """The stored tree with the trained leaves, rounded to the dtypes they are stored in."""
-        if self.encoded is None:
-            return None
-        return self.encoded.map(lambda p, leaf: self.leaves[p].detach().to(leaf.dtype) if p in self.leaves else leaf)
-
-
 class training:  # noqa: N801  (a verb, used like torch.no_grad)
     """Context in which `model` trains with `pieces` acting together.
+
+    The forward pass must go through `model(...)` itself: that is when its weights are computed.
 
     Args:
         model: any module; what smelt has stored of it trains through its floating leaves.
         pieces: methods, steps, or recipe data ({'prune.weights': {'ratio': 0.5}}).
         steps: optimizer steps of the loop; needed when a setting ramps.
         teacher: module or function for objectives that need one; run without gradients, once per loss.
-        calibration: batches for pieces at inputs or outputs that need statistics.
+        calibration: batches for pieces that need statistics.
         refresh: share of the loop between two updates of what moves.
         seed: for what is drawn at random.
+        tail: lossless codecs with which candidates are priced.
 
     Raises:
         RecipeError, RuleError: as in a recipe.
@@ -125,15 +75,17 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         calibration: Iterable[Any] | None = None,
         refresh: float = 0.01,
         seed: int = 0,
+        tail: Sequence[Lossless] = (),
     ):
-        self.model, self.teacher, self.seed = model, teacher, seed
+        self.model, self.teacher, self.seed, self.tail = model, teacher, seed, tail
         self.pieces = _pieces(pieces)
         self.steps, self.done = steps, 0
         self._every = max(1, round(refresh * steps)) if steps else 0
         self._calibration = calibration
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._objectives = [piece.act for piece in self.pieces if isinstance(piece.act, Objective)]
-        self._groups: list[tuple[Step, list[_Slot], list[_Link]]] = []
+        self._groups: list[Group] = []
+        self._shared: dict[int, nn.Parameter] = {}  # by the id of a leaf that stands in several trees
         self._hook: Any = None
         self.notes: list[str] = []
         for piece in self.pieces:
@@ -152,35 +104,28 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         return all(self.progress >= r.finish for piece in self.pieces for r in ramps(piece.act).values())
 
     def __enter__(self) -> training:
+        held = store_of(self.model)
         for piece in self.pieces:
             if isinstance(piece.act, Rewrite):
                 self.notes += apply_rewrite(self.model, piece, piece.key, batches=self._calibration)
-        weights = [p for p in self.pieces if isinstance(p.act, Codec) and p.at == "weight"]
-        acts = [p for p in self.pieces if isinstance(p.act, Codec) and p.at != "weight"]
-        slots: dict[str, _Slot] = {}
-        entries = store_of(self.model).entries
-        for target in targets(self.model):
-            if target.name in entries:
-                slots[target.name] = self._slot(target, None)
-        for piece in weights:
-            codec = piece.act
-            assert isinstance(codec, Codec)
-            members, notes = chosen(self.model, piece, piece.key)
-            self.notes += notes
-            links = []
-            for target in members:
-                if target.name not in slots:
-                    slots[target.name] = self._slot(target, codec)
-                slot = slots[target.name]
-                if slot.encoded is not None and slot.carrier is None:
-                    eat(codec, target, self.model, piece.key)  # raises: nothing floating is left
-                links.append(_Link(codec, piece.key))
-                slot.links.append(links[-1])
-            self._groups.append((piece, [slots[t.name] for t in members], links))
+        slots = {t.name: self._slot(t) for t in targets(self.model) if t.name in held.entries or _is_narrow(t)}
+        for piece in self.pieces:
+            if isinstance(piece.act, Codec) and piece.at == "weight":
+                self._groups.append(self._group(piece, piece.act, slots))
         self._slots = list(slots.values())
-        for piece in acts:
-            self.notes += apply_activations(self.model, piece, piece.key, batches=self._calibration, seed=self.seed)
         self._refit(everything=True)
+        before = len(held.activations)
+        try:
+            for piece in self.pieces:
+                if isinstance(piece.act, Codec) and piece.at != "weight":
+                    self.notes += apply_activations(
+                        self.model, piece, piece.key, batches=self._calibration, seed=self.seed
+                    )
+        except BaseException:
+            for activation in held.activations[before:]:
+                activation.remove()
+            del held.activations[before:]
+            raise
         for slot in self._slots:
             for path, name in slot.target.places:
                 submodule(self.model, path)._parameters[name] = None  # keeps its place in the order
@@ -189,8 +134,26 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            self._refit(last=True)
+        try:
+            if kind is None:
+                if not self.settled:
+                    warnings.warn(
+                        f"the loop ended after {self.done} of {self.steps} steps; what ramps was set to its end",
+                        stacklevel=2,
+                    )
+                self._refit(everything=not self.settled, last=True)
+        except BaseException:
+            kind = RuntimeError
+            raise
+        finally:
+            self._restore()
+            with torch.no_grad():
+                rounded: dict[int, Tensor] = {}
+                for slot in self._slots:
+                    self._leave(slot, rounded, finish=kind is None)
+
+    def _restore(self) -> None:
+        """Put the parameters back where the modules had them."""
         self._hook.remove()
         for slot in self._slots:
             for path, name in slot.target.places:
@@ -198,14 +161,11 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
                 owner.__dict__.pop(name, None)
                 owner._parameters[name] = slot.target.tensor  # type: ignore[assignment]
                 _flatten(owner, name, slot.target.tensor)
-        with torch.no_grad():
-            for slot in self._slots:
-                self._leave(slot, finish=kind is None)
 
-    def _leave(self, slot: _Slot, finish: bool) -> None:
-        encoded = slot.current()
-        if encoded is not None:
-            renew(self.model, slot.target, encoded)
+    def _leave(self, slot: Slot, rounded: dict[int, Tensor], finish: bool) -> None:
+        """Give a tensor its trained values, and store it for real by the codecs that acted on it."""
+        if slot.encoded is not None:
+            renew(self.model, slot.target, slot.current(slot.encoded, rounded))
         elif slot.leaves[""] is not slot.target.tensor:
             slot.target.tensor.copy_(slot.leaves[""])
         if finish:
@@ -213,24 +173,37 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
                 assert link.state is not None
                 encode_chain(self.model, slot.target, link.codec, link.state, link.label)
 
-    def _slot(self, target: Target, codec: Codec | None) -> _Slot:
+    def _group(self, piece: Step, codec: Codec, slots: dict[str, Slot]) -> Group:
+        """The tensors on which a piece acts, with a link on each."""
+        members, notes = chosen(self.model, piece, piece.key)
+        self.notes += notes
+        for target in members:
+            eat(codec, target, self.model, piece.key)  # raises where nothing floating is left
+            slots.setdefault(target.name, self._slot(target))
+        statistics = weight_statistics(self.model, codec, members, self._calibration, piece.key)
+        group = Group(codec, [slots[t.name] for t in members], [Link(codec, piece.key) for _ in members], statistics)
+        for slot, link in zip(group.slots, group.links, strict=True):
+            slot.links.append(link)
+        return group
+
+    def _slot(self, target: Target) -> Slot:
         entry = store_of(self.model).entries.get(target.name)
-        learn = target.tensor.requires_grad
+        learn, device = target.tensor.requires_grad, target.tensor.device
         if entry is None:
-            assert codec is not None
-            eat(codec, target, self.model, codec.name)
-            wide = target.tensor.dtype in (torch.float32, torch.float64)
-            master = target.tensor if wide else nn.Parameter(target.tensor.detach().float(), learn)
+            master = nn.Parameter(target.tensor.detach().float(), learn) if _is_narrow(target) else target.tensor
             assert isinstance(master, nn.Parameter)
-            return _Slot(target, None, {"": master}, "", None)
+            return Slot(target, None, {"": master}, "", None)
         tree = entry.encoded
-        floats = {p: leaf for p, leaf in tree.leaves() if leaf.is_floating_point()}
-        leaves = {
-            p: nn.Parameter(leaf.detach().clone().to(target.tensor.device, _wide(leaf.dtype)), learn)
-            for p, leaf in floats.items()
-        }
-        carriers = [p for p in tree.carriers() if p in floats]
-        return _Slot(target, tree, leaves, carriers[0] if len(carriers) == 1 else None, tree.where())
+        leaves = {}
+        for path, leaf in tree.leaves():
+            if leaf.is_floating_point():
+                if id(leaf) not in self._shared:
+                    wide = leaf.detach().clone().to(device, _wide(leaf.dtype))
+                    self._shared[id(leaf)] = nn.Parameter(wide, learn)
+                leaves[path] = self._shared[id(leaf)]
+        carriers = [p for p in tree.carriers() if p in leaves]
+        near = tree.map(lambda _, leaf: leaf.to(device))
+        return Slot(target, near, leaves, carriers[0] if len(carriers) == 1 else None, near.where())
 
     def _place(self) -> None:
         """Compute every weight and put it where the modules look for it."""
@@ -245,24 +218,22 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     def _refit(self, *, everything: bool = False, epoch: bool = False, last: bool = False) -> None:
         """Fit the states of what moves: at the start all, later what ramps, each epoch what does not settle."""
         t = 1.0 if last else self.progress
-        for piece, slots, links in self._groups:
-            moving = ramps(piece.act).values()
-            codec = piece.act
-            assert isinstance(codec, Codec)
+        for group in self._groups:
+            moving = ramps(group.codec).values()
             finish = max((r.finish for r in moving), default=SETTLED)
             window = (self._every + 1) / self.steps if self.steps else 0.0  # one last fit where the ramp arrives
-            follows = t <= finish + window and not last if codec.settles else bool(moving) or epoch or last
+            follows = t <= finish + window and not last if group.codec.settles else bool(moving) or epoch or last
             if not (everything or follows):
                 continue
-            now = resolve(codec, t)
-            seen = {slot.target.name: slot.seen_by(link) for slot, link in zip(slots, links, strict=True)}
-            plan = now.plan(seen, {}, lambda e: e.nbytes())
-            for slot, link in zip(slots, links, strict=True):
+            pairs = list(zip(group.slots, group.links, strict=True))
+            seen = {slot.target.name: slot.seen_by(link) for slot, link in pairs}
+            plan = resolve(group.codec, t).plan(seen, {}, lambda e: rest_bytes(pack(e, self.tail)))
+            for slot, link in pairs:
                 name = slot.target.name
                 if link.state is not None and any(True for _ in link.state.parameters()):
                     continue  # it learns its state
                 link.codec = plan[name]
-                stats = Stats(where=seen[name].where, seed=self.seed ^ zlib.crc32(name.encode()))
+                stats = Stats(seen[name].where, group.statistics[name], seed_of(self.seed, name))
                 link.state = link.codec.fit(seen[name].x, stats)
 
     def step(self) -> None:
@@ -280,13 +251,12 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     ) -> Tensor:
         """The loss of all objectives together, plus `hard` (your task's loss) in the weight they leave it.
 
-        One forward of the teacher serves all; none is run where `guide` holds its logits.  Without objectives the
-        loss is `hard`.
+        One forward of the teacher, in evaluation mode, serves all; none is run where `guide` holds its logits.
+        Without objectives the loss is `hard`.
         """
         logits = logits_of(outputs)
         if guide is None and any(o.needs_teacher for o in self._objectives):
-            with torch.no_grad():
-                guide = logits_of(forward(self.teacher, inputs))
+            guide = self._guide(inputs)
         seen = Seen(inputs, logits, labels, guide, hard)
         weight = 1.0
         total = logits.new_zeros(())
@@ -294,6 +264,13 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             total = total + objective.loss(seen)
             weight *= objective.hard_weight()
         return total + weight * hard if hard is not None and weight else total
+
+    def _guide(self, inputs: Any) -> Tensor:
+        if not isinstance(self.teacher, nn.Module):
+            with torch.no_grad():
+                return logits_of(forward(self.teacher, inputs))
+        with evaluating(self.teacher):
+            return logits_of(forward_or_raise(self.teacher, inputs, "as the teacher"))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that learns, each once: leaves, masters, learned states, and the model's other parameters."""
@@ -306,22 +283,26 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for slot in self._slots:
             for path, leaf in slot.leaves.items():
                 yield f"{slot.target.name}/{path}", leaf
-            for i, link in enumerate(slot.links):
-                for name, p in link.state.named_parameters() if link.state is not None else ():
-                    yield f"{slot.target.name}/link{i}.{name}", p
+        for key, link in self._links():
+            for name, p in link.state.named_parameters() if link.state is not None else ():
+                yield f"{key}.{name}", p
         yield from self.model.named_parameters()
         for activation in store_of(self.model).activations:
             for name, p in activation.state.named_parameters():
                 yield f"{activation.path}/{activation.at}.{name}", p
 
+    def _links(self) -> Iterator[tuple[str, Link]]:
+        for slot in self._slots:
+            for i, link in enumerate(slot.links):
+                yield f"{slot.target.name}/link{i}", link
+
     def state(self) -> dict[str, Tensor]:
         """All that training has changed, by name: parameters, buffers, states of the links."""
         found = {name: p.detach() for name, p in self.named_parameters()}
-        found |= {name: b for name, b in self.model.named_buffers()}
-        for slot in self._slots:
-            for i, link in enumerate(slot.links):
-                if link.state is not None:
-                    found |= {f"{slot.target.name}/link{i}.{n}": b for n, b in link.state.named_buffers()}
+        found |= dict(self.model.named_buffers())
+        for key, link in self._links():
+            if link.state is not None:
+                found |= {f"{key}.{name}": b for name, b in link.state.named_buffers()}
         return {name: tensor.clone() for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -331,15 +312,27 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             p.copy_(state[name])
         for name, b in self.model.named_buffers():
             b.copy_(state[name])
-        for slot in self._slots:
-            for i, link in enumerate(slot.links):
-                for n, _ in list(link.state.named_buffers()) if link.state is not None else ():
-                    setattr(link.state, n, state[f"{slot.target.name}/link{i}.{n}"].clone())
+        for key, link in self._links():
+            for name in [n for n, _ in link.state.named_buffers()] if link.state is not None else ():
+                setattr(link.state, name, state[f"{key}.{name}"].clone())
 
-    def resume(self, done: int) -> None:
-        """Go on after `done` steps: ramps at their places; call before `load`."""
+    def plans(self) -> dict[str, dict[str, Any]]:
+        """The settings that `plan` gave each codec for each tensor, as plain data."""
+        return {key: asdict(link.codec) for key, link in self._links()}  # type: ignore[call-overload]
+
+    def restart(self, state: dict[str, Tensor]) -> None:
+        """Go back to the beginning, where `state` was taken."""
+        self.done = 0
+        self._refit(everything=True)
+        self.load(state)
+
+    def resume(self, done: int, plans: dict[str, dict[str, Any]]) -> None:
+        """Go on after `done` steps with what `plans` gave then; call before `load`."""
         self.done = done
         self._refit(everything=True)
+        for key, link in self._links():
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in plans[key].items()}
+            link.codec = replace(link.codec, **given)  # type: ignore[type-var]
 
 
 def _flatten(owner: nn.Module, name: str, value: Tensor) -> None:
@@ -354,6 +347,11 @@ def _pieces(pieces: Sequence[Any]) -> tuple[Step, ...]:
         return ()
     plain = [p if isinstance(p, (Step, Method)) else dict(p) if not isinstance(p, str) else p for p in pieces]
     return Recipe.of({"steps": [{"train": {"with": plain}}]}).steps[0].pieces
+
+
+def _is_narrow(target: Target) -> bool:
+    """Parameters of less than 32 bits train through a wide master."""
+    return target.parameter and target.tensor.requires_grad and target.tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

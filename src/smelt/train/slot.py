@@ -1,0 +1,88 @@
+"""What `training` keeps of each tensor while it trains: its parameters, and the codecs that act on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smelt.core.encoded import Encoded
+from smelt.core.method import Codec, State, Values
+from smelt.core.target import Target
+
+
+@dataclass
+class Link:
+    """One codec acting on one tensor."""
+
+    codec: Codec
+    label: str
+    state: State | None = None
+
+
+@dataclass
+class Slot:
+    """One tensor whose value is computed from its parameters at each forward pass.
+
+    `leaves`: path of a floating leaf -> its parameter ('' for a tensor that is not stored yet).
+    `carrier`: the path in `leaves` on which the links act.
+    """
+
+    target: Target
+    encoded: Encoded | None
+    leaves: dict[str, nn.Parameter]
+    carrier: str | None
+    where: Tensor | None
+    links: list[Link] = field(default_factory=list)
+
+    def value(self) -> Tensor:
+        if self.encoded is None:
+            return self._chain(self.leaves[""]).to(self.target.tensor.dtype)
+        chained = self._chain(self.leaves[self.carrier]) if self.carrier and self.links else None
+
+        def now(path: str, leaf: Tensor) -> Tensor:
+            return chained if chained is not None and path == self.carrier else self.leaves.get(path, leaf)
+
+        return self.encoded.map(now).decode()
+
+    def _chain(self, x: Tensor) -> Tensor:
+        for link in self.links:
+            if link.state is not None:
+                x = link.codec.simulate(x, link.state)
+        return x
+
+    def seen_by(self, link: Link) -> Values:
+        """The values that reach a link, and the mask of earlier pruning."""
+        index = self.links.index(link)
+        where = self.where
+        with torch.no_grad():
+            x = self.leaves[self.carrier or ""].detach()
+            for earlier in self.links[:index]:
+                if earlier.state is not None:
+                    mask = earlier.codec.encode(x, earlier.state).where()
+                    where = mask if where is None or mask is None else where & mask
+                    x = earlier.codec.simulate(x, earlier.state)
+            return Values(x, where)
+
+    def current(self, tree: Encoded, rounded: dict[int, Tensor]) -> Encoded:
+        """The tree with the trained leaves, in the dtypes they are stored in; `rounded` keeps shared leaves shared."""
+
+        def trained(path: str, leaf: Tensor) -> Tensor:
+            if path not in self.leaves:
+                return leaf
+            parameter = self.leaves[path]
+            return rounded.setdefault(id(parameter), parameter.detach().to(leaf.dtype, copy=True))
+
+        return tree.map(trained)
+
+
+@dataclass
+class Group:
+    """One piece with the tensors it acts on; their plan is made together."""
+
+    codec: Codec
+    slots: list[Slot]
+    links: list[Link]
+    statistics: dict[str, dict[str, Any]]
