@@ -192,3 +192,126 @@ def test_an_output_that_exists_is_kept(model: nn.Module, tmp_path: Path) -> None
         result.save(path)
     assert path.read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
     assert result.save(path, force=True) == path.stat().st_size
+
+
+class Norms(nn.Module):
+    """Everything that changes while it runs in training mode."""
+
+    def __init__(self, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), act(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def test_the_model_the_data_and_the_random_state_of_the_caller_are_not_changed(job: smelt.Job) -> None:
+    model = Norms().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = smelt.compress(model, RECIPE.replace("{temperature: 2}", "{}"), job)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    second = smelt.compress(model, RECIPE.replace("{temperature: 2}", "{}"), job)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_the_cache_knows_what_decides_a_result(model: nn.Sequential, job: smelt.Job, tmp_path: Path) -> None:
+    job.cache = tmp_path
+    recipe = [{"train": {"epochs": 1}}]
+
+    def ran(given: nn.Module) -> bool:
+        watch = StopIn()
+        smelt.compress(given, recipe, job, progress=watch)
+        return watch.advanced > 0
+
+    assert ran(model) and not ran(model)
+    other = mlp()
+    other.load_state_dict(model.state_dict())
+    other[1] = nn.GELU()
+    assert ran(other)
+    other[1] = nn.ReLU()
+    other[0].requires_grad_(False)
+    assert ran(other)
+    job.metric = broken_half
+    assert ran(model)
+    job.loss = lambda outputs, labels: nn.functional.cross_entropy(outputs, labels) * 2
+    assert ran(model)
+    pruned = smelt.compress(model, [{"prune.weights": {"ratio": 0.0}}]).model
+    assert ran(pruned)
+
+
+def broken_half(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+    return 0.5
+
+
+def test_activation_codecs_are_installed_once(model: nn.Sequential, job: smelt.Job) -> None:
+    once = smelt.compress(model, [{"quantize.affine": {"at": "input"}}], job).model
+    twice = smelt.compress(once, [{"share.kmeans": {"clusters": 64}}], job).model
+    assert len(store_of(twice).activations) == 3
+    assert [len(twice[i]._forward_pre_hooks) for i in (0, 2, 4)] == [1, 1, 1]
+
+
+def test_a_loaded_model_keeps_its_builder_and_its_coder(tmp_path: Path) -> None:
+    built, builder, arguments = smelt.open_model("lenet300(inputs=64, hidden=[16, 8])")
+    first = smelt.compress(smelt.Source.of(built, builder, arguments), ["quantize.affine", "code.huffman"])
+    first.save(tmp_path / "a.smelt")
+    loaded = smelt.load(tmp_path / "a.smelt")
+    smelt.save(loaded, tmp_path / "b.smelt", recipe=first.recipe.to_plain(), report=first.report.short())
+    assert (tmp_path / "a.smelt").read_bytes() == (tmp_path / "b.smelt").read_bytes()
+    smelt.compress(loaded, [{"share.kmeans": {"clusters": 2, "on": "*.bias"}}]).save(tmp_path / "c.smelt")
+    assert type(smelt.load(tmp_path / "c.smelt")) is type(built)
+
+
+def test_regression_selects_by_its_own_loss() -> None:
+    x = torch.randn(64, 2)
+    data = Data(Batches(x, x.sum(1, keepdim=True), 16), test=Batches(x, x.sum(1, keepdim=True), 16))
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def error(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+        return float((outputs - labels).abs().mean())
+
+    job = smelt.Job(data=data, metric=error, latency=False)
+    report = smelt.compress(model, [{"train": {"epochs": 20, "lr": 1e-2}}], job).report
+    assert report.value("error") < report.value("error", 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("lenet", "takes a torch.nn.Module or a smelt.Source, not a str"),
+        (nn.Sequential(nn.LazyLinear(3)), r"0\.weight is not initialised"),
+        (nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
+    ],
+)
+def test_what_is_no_model_to_compress(given: object, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        smelt.compress(given, ["code.bits"])  # type: ignore[arg-type]
+
+
+def test_causal_masks_may_be_infinite(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    assert smelt.compress(model, ["quantize.affine"]).save(tmp_path / "m.smelt") > 0
+
+
+def test_a_full_disk_gives_one_line(
+    model: nn.Module, job: smelt.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.cache = tmp_path
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(OutputError, match="bytes, and 10 are free"):
+        smelt.compress(model, RECIPE, job)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    job.cache = tmp_path / "file"
+    with pytest.raises(OutputError, match="cache"):
+        smelt.compress(model, RECIPE, job)
+
+
+def test_selectors_are_checked_before_any_training(model: nn.Module, job: smelt.Job) -> None:
+    watch = StopIn()
+    with pytest.raises(RecipeError, match="'fc9' matches no tensor"):
+        smelt.compress(model, [{"train": {}}, {"share.kmeans": {"on": "fc9"}}], job, progress=watch)
+    assert watch.now == 0

@@ -20,7 +20,7 @@ from smelt.compress import compress
 from smelt.core import shelf
 from smelt.core.data import Data
 from smelt.core.errors import DataError, ModelError, OutputError, RecipeError, SmeltError
-from smelt.core.job import Job
+from smelt.core.job import Job, check_device
 from smelt.core.method import Method
 from smelt.core.named import function_at
 from smelt.core.output import check_output
@@ -29,7 +29,7 @@ from smelt.core.source import Source
 from smelt.core.store import store_of
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
-from smelt.measure import measure
+from smelt.measure import conditions, measure
 from smelt.measures.accuracy import METRICS, named
 from smelt.measures.bytes import checkpoint_bytes
 from smelt.models._open import PICKLES, open_model
@@ -93,6 +93,7 @@ def _compress(args: argparse.Namespace) -> None:
     )
     with terminal.TerminalProgress() as progress:
         result = compress(source, recipe, job, progress=progress)
+    result.report.conditions |= conditions(result.report.rows, data, args.device)
     size = result.save(args.output, force=args.force)
     if args.report:
         html.write(result.report, args.report, title=f"{Path(args.model).name}, {recipe.name}", force=args.force)
@@ -111,9 +112,10 @@ def _measure(args: argparse.Namespace) -> None:
     source = _source(args.model, args.weights, args)
     assert source.module is not None
     size = Path(args.model).stat().st_size if _is_file(args.model) else None
+    data = _data(args)
     rows = measure(
         source.module,
-        _data(args),
+        data,
         _metric(args.metric),
         device=args.device,
         latency=not args.no_latency,
@@ -121,15 +123,14 @@ def _measure(args: argparse.Namespace) -> None:
         size=size,
         after=Path(args.model).name,
     )
-    checkpoint = checkpoint_bytes(source.module)
+    checkpoint, under = checkpoint_bytes(source.module), conditions(rows, data, args.device)
     if args.json:
-        ratio = checkpoint / rows[0].value
-        _print_json(
-            {"model": args.model, "checkpoint": checkpoint, "ratio": ratio, "rows": [asdict(row) for row in rows]}
-        )
+        found = {"model": args.model, "checkpoint": checkpoint, "ratio": checkpoint / rows[0].value}
+        _print_json({**found, "conditions": under, "rows": [asdict(row) for row in rows]})
         return
     out = _console()
     out.print(terminal.measure_table(rows, args.model))
+    out.print(terminal.conditions_line(under))
     if size is not None:
         out.print(
             Text(f"{times(checkpoint / size)} smaller than the same model as a checkpoint of {checkpoint:,} bytes")
@@ -258,9 +259,9 @@ def _check_output(path: Path, force: bool) -> None:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        check_device(text)
+    except ModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

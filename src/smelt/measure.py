@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from smelt.core.data import Data, batch, move
+from smelt.core.data import Data, batch, check, check_data, evaluating, forward_or_raise, move, samples
 from smelt.core.report import Row
 from smelt.core.store import store_of
 from smelt.measures.accuracy import evaluate, unit_of
@@ -43,23 +44,26 @@ def measure(
     Raises:
         DataError, ModelError: as the measures raise them.
     """
+    check_data(data)
     held = store_of(model)
     dense = bool(held.entries) or bool(held.activations)
     rows: list[Row] = []
 
-    def row(name: str, value: float, unit: str, simulated: bool = False, spread: Any = None) -> None:
-        rows.append(Row(step, after, name, value, unit, spread, device, simulated))
+    def row(name: str, value: float, unit: str, simulated: bool = False, spread: Any = None, on: Any = None) -> None:
+        rows.append(Row(step, after, name, value, unit, spread, device, on, simulated))
 
     row("file", checkpoint_bytes(model) if size is None else size, "bytes")
     row("parameters", parameters(model), "")
     row("non-zeros", nonzeros(model), "")
     inputs = examples(data, device)
     if inputs is not None:
+        with evaluating(model):
+            forward_or_raise(model, inputs, "on the first batch")
         row("MACs", macs(model, inputs), "per sample", dense)
         row("peak memory", memory(model, inputs), "bytes", dense)
         if latency:
             took = time_forward(model, inputs, threads=threads)
-            row("latency", took.median, "ms", dense, (took.low, took.high))
+            row("latency", took.median, "ms", dense, (took.low, took.high), took.threads)
     if data is not None and data.test is not None:
         value = evaluate(model, data.test, metric, device)
         row(metric_name(metric), value, unit_of(metric), bool(held.activations))
@@ -67,11 +71,27 @@ def measure(
 
 
 def examples(data: Data | None, device: str = "cpu") -> Any:
-    """Inputs of the first batch, on the device, of the test split, else of the others; None without data."""
-    for loader in (data.test, data.valid, data.train) if data is not None else ():
-        if loader is not None:
+    """Inputs of the first batch, on the device, of the test split, else of the others; None without data.
+
+    Raises:
+        DataError: what `check` finds in that split.
+    """
+    for split in ("test", "valid", "train"):
+        loader = getattr(data, split, None)
+        if data is not None and loader is not None:
+            check(Data(**{split: loader}, name=data.name))
             return move(batch(next(iter(loader)))[0], device)
     return None
+
+
+def conditions(rows: Iterable[Row], data: Data | None, device: str) -> dict[str, str]:
+    """Under which the rows were taken: device, samples per batch and threads as far as they matter, torch."""
+    found = {"device": device}
+    if (inputs := examples(data)) is not None:
+        found["batch size"] = str(samples(inputs))
+    if threads := sorted({row.threads for row in rows if row.threads is not None}):
+        found["threads"] = ", ".join(map(str, threads))
+    return {**found, "torch": torch.__version__}
 
 
 def metric_name(metric: str | Callable[..., Any]) -> str:

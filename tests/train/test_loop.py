@@ -115,3 +115,46 @@ def test_what_is_refused(data: Data) -> None:
 def test_own_loaders_have_no_held_out_split(data: Data) -> None:
     notes = fit(mlp(), step(), Loop(Data(train=list(data.train or []))))
     assert notes == ["train kept the last epoch: a loader of your own needs Data(valid=...) to select on"]
+
+
+def test_ties_do_not_feed_patience(data: Data) -> None:
+    notes = fit(mlp(), step(epochs=5, patience=2), Loop(data, score=lambda *_: 1.0))
+    assert notes == ["train stopped after epoch 3: no better for 2 epochs"]
+    notes = fit(mlp(), step(epochs=5, patience=2, keep="last"), Loop(data, score=lambda *_: 1.0))
+    assert notes == ["train stopped after epoch 3: no better for 2 epochs"]
+
+
+class Viewing(nn.Module):
+    """Cannot take channels-last images: `view` needs them contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.fc = nn.Linear(48, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).view(len(x), -1))
+
+
+def test_models_that_view_their_features_train() -> None:
+    images = Batches(torch.randn(16, 2, 6, 6), torch.randint(0, 2, (16,)), 8)
+    assert not fit(Viewing(), step(hold_out=0), Loop(Data(train=images)))
+
+
+def test_a_damaged_checkpoint_is_no_checkpoint(data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "state.training"
+    whole = mlp()
+    fit(whole, step(), Loop(data, score=score))
+    loop = Loop(data, score=score, checkpoint=path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(mlp(), step(), loop, StopAfter(20))
+    path.write_bytes(path.read_bytes()[:500])
+    again = mlp()
+    fit(again, step(), loop)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_denormals_are_only_flushed_inside(data: Data) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(mlp(), step(), Loop(data), StopAfter(1))
+    assert float(torch.tensor(1e-40) * 1) != 0

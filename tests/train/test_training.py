@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import smelt
-from smelt.core.errors import DataError, RecipeError, RuleError
+from smelt.core.errors import DataError, RecipeError, RuleError, SmeltError
 from smelt.core.settings import Ramp
-from smelt.core.store import check_fresh, eat, store_of
+from smelt.core.store import check_fresh, eat, renew, store_of
 from smelt.core.target import targets
 from smelt.methods.distill.logits import Logits
 from smelt.methods.prune.weights import Weights
@@ -76,7 +76,7 @@ def test_after_sharing_only_the_codebook_learns(model: nn.Sequential) -> None:
 
 
 def test_gradient_of_a_codebook_is_the_sum_over_its_members() -> None:
-    layer = nn.Sequential(nn.Linear(3, 2, bias=False))
+    layer = nn.Sequential(nn.Linear(3, 20, bias=False))
     shared = smelt.compress(layer, [KMeans(clusters=2)]).model
     x = torch.randn(7, 3)
     with smelt.training(shared) as t:
@@ -202,3 +202,57 @@ def test_what_is_refused(model: nn.Sequential) -> None:
     target = next(t for t in targets(shared) if t.name == "0.weight")
     with pytest.raises(RuleError, match=r"1: share\.kmeans keeps it as codebook"):
         eat(Weights(), target, shared, "2: prune.weights")
+
+
+def test_an_error_while_leaving_restores_the_model(model: nn.Sequential) -> None:
+    names = [n for n, _ in model.named_parameters()]
+    with pytest.raises(SmeltError), smelt.training(model, [KMeans(clusters=4)]) as t, torch.no_grad():
+        for p in t.parameters():
+            p.fill_(float("nan"))
+    assert [n for n, _ in model.named_parameters()] == names
+    assert not model._forward_pre_hooks and all("weight" not in vars(model[i]) for i in (0, 2, 4))
+
+
+def test_a_loop_that_ends_early_still_stores_the_end_of_the_ramp(model: nn.Sequential) -> None:
+    piece = Weights(ratio=Ramp(0, 0.75))
+    with pytest.warns(UserWarning, match="after 5 of 100"), smelt.training(model, [piece], steps=100) as t:
+        steps(model, t, 5)
+    assert zeros(model[2].weight) == 0.75
+
+
+def test_leaves_shared_between_tensors_stay_shared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    shared = smelt.compress(model, [KMeans(clusters=2)]).model
+    entries = store_of(shared).entries
+    book = dict(entries["0.weight"].encoded.leaves())["codebook"]
+    second = entries["1.weight"].encoded.map(lambda path, leaf: book if path == "codebook" else leaf)
+    renew(shared, next(t for t in targets(shared) if t.name == "1.weight"), second)
+    with smelt.training(shared, steps=3) as t:
+        assert len(list(t.parameters())) == 1
+        optimizer = torch.optim.SGD(t.parameters(), 0.1)
+        shared(torch.randn(8, 4)).pow(2).sum().backward()
+        optimizer.step()
+    books = [dict(entries[n].encoded.leaves())["codebook"] for n in ("0.weight", "1.weight")]
+    assert books[0] is books[1]
+    check_fresh(shared)
+
+
+def test_all_narrow_parameters_have_a_wide_master() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(torch.bfloat16)
+    with smelt.training(model) as t:
+        assert {p.dtype for p in t.parameters()} == {torch.float32}
+        assert len(list(t.parameters())) == 4
+        assert model(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_teacher_runs_in_evaluation_mode_and_keeps_its_mode() -> None:
+    teacher = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)).train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    student = nn.Linear(2, 2)
+    x = torch.randn(16, 2)
+    with smelt.training(student, [Logits()], teacher=teacher) as t:
+        losses = {t.loss(x, student(x)).item() for _ in range(3)}
+    assert len(losses) == 1 and teacher.training
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())

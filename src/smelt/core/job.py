@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from smelt.core.data import Data
+from smelt.core.data import Data, check_data
+from smelt.core.errors import DataError, ModelError
+from smelt.core.named import first_line
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Job:
     cache: folder for the states of interrupted or edited runs; None switches it off.
     latency: whether to time the loaded model after every step.
     threads: for latency; None leaves the setting of torch.
+
+    Raises:
+        DataError: data that is no `Data`, or a metric that is neither a name nor a function.
+        ModelError: a device that is not there.
     """
 
     data: Data | None = None
@@ -36,3 +42,18 @@ class Job:
     cache: Path | str | None = None
     latency: bool = True
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_data(self.data)
+        if not isinstance(self.metric, str) and not callable(self.metric):
+            raise DataError(f"metric is {self.metric!r}; give a name such as 'accuracy', or a function")
+        self.device = str(self.device)
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    """Raise ModelError for a device on which no tensor can be made and read."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {device!r} cannot be used here: {first_line(error)}") from None

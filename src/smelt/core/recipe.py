@@ -27,20 +27,25 @@ import yaml
 from smelt.core import shelf
 from smelt.core.errors import RecipeError, RuleError, nearest
 from smelt.core.method import Codec, Method, Objective, make
+from smelt.core.named import first_line
 from smelt.core.settings import Ramp, build, check, ramps, setting
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "linear")
+DEEPEST = 50  # levels of a YAML file; a recipe has about ten
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the booleans and floats of version 1.2: `on` is a word, 1e-4 is a number."""
+    """YAML with the scalars of version 1.2: `on`, 2:4 and a date are words, 1e-4 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|0[xb][0-9a-fA-F_]+|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 
 
@@ -76,7 +81,11 @@ class Train:
     hard: float = setting(1.0, "weight of the task's own loss on the labels", low=0)
 
     def __post_init__(self) -> None:
+        for name in ramps(self):
+            raise RecipeError(f"train.{name} cannot ramp; what ramps is a setting of a method under 'with'")
         check(self, "train")
+        if self.momentum >= 1 and self.optimizer != "sgd":
+            raise RecipeError(f"train.momentum is {self.momentum}; {self.optimizer} takes it as beta1, below 1")
 
 
 @dataclass(frozen=True)
@@ -144,14 +153,7 @@ class Recipe:
         if isinstance(what, (str, Path)):
             text, name = str(what), "recipe"
             if "\n" not in text:
-                path = Path(text)
-                if not path.is_file():
-                    raise RecipeError(f"no recipe file {text!r}; give a path to a .yaml file, or YAML text")
-                try:
-                    text = path.read_text(encoding="utf-8")
-                except UnicodeDecodeError:
-                    raise RecipeError(f"{path} is not text; a recipe is a YAML file") from None
-                name = path.name
+                text, name = _read(text)
             data, lines = _parse(text, name)
             return Recipe(_steps(data, _Where(name, lines)), name.removesuffix(".yaml"))
         return Recipe(_steps({"steps": what} if not isinstance(what, Mapping) else what, _Where("recipe", {})))
@@ -160,6 +162,20 @@ class Recipe:
 def to_yaml(plain: Any) -> str:
     """Plain data of a recipe, or of one step, as the YAML that `Recipe.of` reads."""
     return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None))
+
+
+def _read(path: str) -> tuple[str, str]:
+    """(text, name) of a recipe file."""
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError
+        return Path(path).read_text(encoding="utf-8"), Path(path).name
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not text; a recipe is a YAML file") from None
+    except PermissionError:
+        raise RecipeError(f"the recipe file {path!r} cannot be read: permission denied") from None
+    except (OSError, ValueError):  # a name that no file can have, too
+        raise RecipeError(f"no recipe file {_short(path)}; give a path to a .yaml file, or YAML text") from None
 
 
 @dataclass(frozen=True)
@@ -220,14 +236,18 @@ def _step(item: Any, where: _Where, *, inside: bool) -> Step:
         return Step(_located(lambda: build(Train, given, "train"), here, given), pieces=inner, place=str(here))
     if key in ("recover",):
         raise RecipeError(f"{here}: {key!r} is a reserved word; write train with distill.logits to recover accuracy")
-    on, at = given.pop("on", ()), given.pop("at", "weight")
-    on = (on,) if isinstance(on, str) else tuple(on)
-    if not all(isinstance(pattern, str) for pattern in on):
-        raise RecipeError(f"{here / 'on'}: 'on' is a pattern or a list of patterns, not {_short(on)}")
+    on, at = _selector(given.pop("on"), here / "on") if "on" in given else (), given.pop("at", "weight")
     if str(key) not in (known := shelf.names("methods")):
         raise RecipeError(f"{here}: no method {str(key)!r}{nearest(str(key), [*known, 'train'])}")
     act = _located(lambda: make(str(key), given), here, given)
     return _check_place(Step(act, on, at, place=str(here)), here, inside)
+
+
+def _selector(on: Any, where: _Where) -> tuple[str, ...]:
+    patterns = [on] if isinstance(on, str) else on
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise RecipeError(f"{where}: 'on' is a pattern or a list of patterns, not {_short(on)}")
+    return tuple(patterns)
 
 
 def _check_place(step: Step, where: _Where, inside: bool) -> Step:
@@ -268,10 +288,14 @@ def _parse(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{at}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, RecursionError) as error:  # a scalar that is not what its tag says; brackets in brackets
+        raise RecipeError(f"{name}: not valid YAML: {first_line(error)}") from None
 
     def walk(node: yaml.Node | None, path: tuple[Any, ...]) -> None:
         if node is not None:
             lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > DEEPEST:
+            raise RecipeError(f"{name}, line {lines[path]}: more than {DEEPEST} levels, or an alias within itself")
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key, value in node.value:

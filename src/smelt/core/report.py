@@ -1,4 +1,4 @@
-"""What was measured: rows of (step, measure, value, unit, spread, device), and under which conditions."""
+"""What was measured: rows of (step, measure, value, unit, spread, device, threads), and under which conditions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Row:
 
     step: 0 is the model as it came; i is after step i of the recipe.
     spread: (low, high) of repeated measurements, in `unit`.
+    threads: of torch on the CPU, where the number depends on them (latency).
     simulated: the number was taken while something ran dense that the method promises to run otherwise.
     """
 
@@ -24,6 +25,7 @@ class Row:
     unit: str = ""
     spread: tuple[float, float] | None = None
     device: str = "cpu"
+    threads: int | None = None
     simulated: bool = False
 
 

@@ -47,6 +47,9 @@ class Ramp:
     shape: str = "cubic"
 
     def __post_init__(self) -> None:
+        for name in ("start", "end", "begin", "finish"):
+            if not _finite(value := getattr(self, name)):
+                raise RecipeError(f"ramp: {name} is {value!r}; it takes a finite number")
         if self.shape not in ("cubic", "linear"):
             raise RecipeError(f"ramp: shape {self.shape!r} is neither 'cubic' nor 'linear'")
         if not 0 <= self.begin < self.finish <= 1:
@@ -60,15 +63,19 @@ class Ramp:
     @staticmethod
     def parse(value: Any, where: str) -> Ramp:
         """From recipe data: [start, end], or a mapping of the fields."""
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(_number(v) for v in value):
-            return Ramp(float(value[0]), float(value[1]))
-        if isinstance(value, Mapping):
-            known = {f.name for f in fields(Ramp)}
-            for key in value:
-                if key not in known:
-                    raise RecipeError(f"{where}: ramp has no setting {key!r}{nearest(key, known)}")
-            if {"start", "end"} <= set(value):
-                return Ramp(**value)
+        try:
+            if isinstance(value, (list, tuple)) and len(value) == 2:
+                made = Ramp(*value)
+                return replace(made, start=float(made.start), end=float(made.end))
+            if isinstance(value, Mapping):
+                known = {f.name for f in fields(Ramp)}
+                for key in value:
+                    if key not in known:
+                        raise RecipeError(f"ramp has no setting {key!r}{nearest(key, known)}")
+                if {"start", "end"} <= set(value):
+                    return Ramp(**value)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
         raise RecipeError(f"{where}: a ramp is [start, end] or {{start, end, begin, finish, shape}}, not {value!r}")
 
 
@@ -136,7 +143,7 @@ def _check_type(value: Any, hint: Any, f: Field[Any], where: str) -> None:
         origin = typing.get_origin(kind) or kind
         if origin is typing.Any or (kind is type(None) and value is None):
             return
-        if origin is float and _number(value) and math.isfinite(value):
+        if origin is float and _finite(value):
             return
         if origin is int and isinstance(value, int) and not isinstance(value, bool):
             return
@@ -174,3 +181,11 @@ def _plain(hint: Any) -> Any:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    """A number that a float can hold."""
+    try:
+        return _number(value) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-import yaml
-
 from smelt.core.method import Codec, Method, Objective, Rewrite
 from smelt.core.recipe import Train, to_yaml
 from smelt.core.settings import Ramp
@@ -20,8 +18,8 @@ def described(name: str, cls: Any) -> dict[str, Any]:
     """
     card = cls.card() if issubclass(cls, Method) else {"does": (cls.__doc__ or "").strip()}
     settings = [_setting(f) for f in fields(cls)]
-    first = next((s for s in settings if s["default"] not in ("None", "")), None)
-    line = {name: {first["name"]: yaml.safe_load(str(first["default"]))} if first else {}}
+    first = next((f for f in fields(cls) if f.default not in (MISSING, None, "")), None)
+    line = {name: {first.name: first.default} if first else {}}
     step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
     kinds = {Rewrite: "changes the structure", Objective: "adds to the training loss", Train: "trains"}
     lossless = issubclass(cls, Codec) and cls.lossless

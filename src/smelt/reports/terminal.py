@@ -21,6 +21,7 @@ from smelt.core.report import Report, Row
 from smelt.reports import _stages as show
 
 RUNS = ("MACs", "latency", "peak memory")
+CONDITIONS = ("device", "batch size", "threads", "torch")
 WIDE, WIDEST = 114, 150
 REDRAW = 0.1  # seconds between two redraws of a bar
 
@@ -115,7 +116,15 @@ def stage_table(report: Report, width: int = 80) -> RenderableType:
     parts += [Text(), bars([(s.title, s.rows["file"].value) for s in stages if "file" in s.rows])]
     if report.notes:
         parts += [Text(), *(Text(f"- {note}", "dim") for note in report.notes)]
+    if any(name in report.conditions for name in CONDITIONS):
+        parts += [Text(), conditions_line(report.conditions)]
     return Group(*parts)
+
+
+def conditions_line(conditions: Mapping[str, str]) -> RenderableType:
+    """'measured with device cpu, batch size 128, threads 2, torch 2.9': what of it is known."""
+    known = ", ".join(f"{name} {conditions[name]}" for name in CONDITIONS if name in conditions)
+    return Text(f"measured with {known}" if known else "", "dim")
 
 
 def _stages(stages: Sequence[show.Stage], columns: Mapping[str, Callable[[show.Stage], str]]) -> RenderableType:

@@ -34,7 +34,7 @@ from smelt.core.apply import (
 )
 from smelt.core.data import evaluating, forward, forward_or_raise, logits_of
 from smelt.core.edit import submodule
-from smelt.core.errors import DataError, RecipeError
+from smelt.core.errors import DataError, ModelError, RecipeError
 from smelt.core.method import Codec, Lossless, Method, Objective, Rewrite, Seen, Stats
 from smelt.core.recipe import Recipe, Step
 from smelt.core.settings import ramps, resolve
@@ -227,6 +227,9 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
                 continue
             pairs = list(zip(group.slots, group.links, strict=True))
             seen = {slot.target.name: slot.seen_by(link) for slot, link in pairs}
+            for name, values in seen.items():
+                if not bool(torch.isfinite(values.x).all()):
+                    raise ModelError(f"{name} became NaN or infinite in training, after {self.done} steps")
             plan = resolve(group.codec, t).plan(seen, {}, lambda e: rest_bytes(pack(e, self.tail)))
             for slot, link in pairs:
                 name = slot.target.name

@@ -12,6 +12,7 @@ from smelt.core.errors import RecipeError
 from smelt.core.method import Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
+from smelt.graph.reads import outside
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -69,8 +70,9 @@ class SVD(Rewrite):
     @torch.no_grad()
     def plan(self, model: nn.Module, targets: Sequence[Target], stats: Mapping[str, Any]) -> list[Edit]:
         edits: list[Edit] = []
+        read = outside(model)
         for target in targets:
-            reason = self.refuses(target)
+            reason = self.refuses(target) or read.get(target.places[0][0])
             edits.append(Note(target.name, reason) if reason else self._split(target))
         return edits
 

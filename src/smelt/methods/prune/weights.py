@@ -17,6 +17,8 @@ from smelt.core.settings import Ramp, setting
 from smelt.core.target import Target
 from smelt.forms.sparse import Sparse
 
+RATIO = 0.5  # where nothing else is given
+
 
 @dataclass(frozen=True)
 class Weights(Codec):
@@ -38,7 +40,7 @@ class Weights(Codec):
 
     settles = True
 
-    ratio: float | Ramp = setting(0.5, "share of weights to zero", low=0, high=1)
+    ratio: float | Ramp = setting(RATIO, "share of weights to zero", low=0, high=1)
     score: str = setting("magnitude", "how important a weight is")
     scope: str = setting("local", "rank within each tensor, or over all", choices=("local", "global"))
     pattern: str | None = setting(None, "N:M, keep N of every M in place of a ratio")
@@ -48,10 +50,8 @@ class Weights(Codec):
         shelf.module("scores", self.score)
         if self.pattern is not None:
             self._pattern()
-            if isinstance(self.ratio, Ramp) or self.scope == "global":
-                raise RecipeError(
-                    f"prune.weights.pattern {self.pattern!r} fixes the ratio; take ratio ramps and scope out"
-                )
+            if self.ratio != RATIO or self.scope == "global":
+                raise RecipeError(f"prune.weights.pattern {self.pattern!r} fixes the ratio; take ratio and scope out")
 
     def _pattern(self) -> tuple[int, int]:
         match = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))

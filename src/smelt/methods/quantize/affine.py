@@ -54,7 +54,7 @@ class Affine(Codec):
     axis: int | None = setting(
         None, "dimension of the channels (per: channel); nothing: 0; 1 for transposed convolutions", low=0
     )
-    group: int = setting(64, "values per group (per: group)", low=1)
+    group: int = setting(64, "values per group (per: group)", low=1, high=1 << 31)
     range: str = setting(
         "minmax", "range that the levels span: all, a percentile, least error", choices=("minmax", "percentile", "mse")
     )
@@ -226,4 +226,5 @@ def _rows(x: Tensor, axis: int | None, group: int, fill: float | bool) -> Tensor
     rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
     if not group:
         return rows
+    group = min(group, max(rows.shape[1], 1))
     return functional.pad(rows, (0, -rows.shape[1] % group), value=fill).reshape(-1, group)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from smelt.core.encoded import Encoded
 from smelt.core.method import Codec, State, Stats, Values
-from smelt.core.settings import setting
+from smelt.core.settings import resolve, setting
+from smelt.core.store import NODE_BYTES
 from smelt.core.target import Target
 from smelt.forms.codebook import Codebook
 from smelt.grids import kmeans
@@ -41,7 +42,21 @@ class KMeans(Codec):
     codebook: str = setting("float32", "how the shared values are stored", choices=("float32", "float16", "bfloat16"))
 
     def refuses(self, target: Target) -> str | None:
-        return None if target.tensor.is_floating_point() else f"it holds {target.tensor.dtype}, not floating values"
+        x = target.tensor
+        if not x.is_floating_point():
+            return f"it holds {x.dtype}, not floating values"
+        dense, k = x.numel() * x.element_size(), min(resolve(self, 1.0).clusters, x.numel())
+        if self._bytes(k, x.numel()) >= dense:
+            k = min(k, len(x.detach().unique()))
+        if (need := self._bytes(k, x.numel())) >= dense:
+            return f"{k} shared values with their indices need {need:,} bytes, it has {dense:,}"
+        return None
+
+    def _bytes(self, k: int, n: int) -> int:
+        """What k shared values cost for n weights in a file, their indices packed where that makes them smaller."""
+        plain = n * (1 if k <= 256 else 2 if k <= 1 << 15 else 4)
+        packed = NODE_BYTES + -(-n * max(k - 1, 1).bit_length() // 8)
+        return NODE_BYTES + k * getattr(torch, self.codebook).itemsize + min(plain, packed)
 
     def fit(self, x: Tensor, stats: Stats) -> State:
         """codebook: [k], ascending and distinct, k <= clusters; where: the mask, as in `Stats`."""
