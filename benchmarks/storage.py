@@ -39,13 +39,11 @@ def recipe(setting: str) -> dict[str, Any]:
     else:
         bits, scale = BITS[setting]
         store = {"quantize.affine": {"bits": bits, "per": scale}}
-    small = {
-        "quantize.affine": {"bits": 8, "on": ["*.bias", "*bn*.weight", "shortcut.?.weight", "*.shortcut.1.weight"]}
-    }
+    small = {"quantize.affine": {"bits": 8, "on": ["*.bias", "*bn*.weight", "*.shortcut.1.weight"]}}
     return {"steps": [store, small, {"code.huffman": {}}]}
 
 
-def seed(number: int, epochs: int, settings: list[str]) -> dict[str, Any]:
+def seed(number: int, epochs: int, settings: list[str], steps: list[int]) -> dict[str, Any]:
     """Train one network; {side/setting: (bytes, accuracy)} of all settings, and of the network itself."""
     torch.set_num_threads(1)
     data = smelt.open_data("digits", seed=number)
@@ -64,9 +62,9 @@ def seed(number: int, epochs: int, settings: list[str]) -> dict[str, Any]:
             checkpoint = Path(folder) / "model.safetensors"
             state = {k: v.contiguous() for k, v in model.state_dict().items()}
             save_file(state, checkpoint)
-            call = [str(PEER), str(HERE / "_nncodec.py"), str(checkpoint), folder, *map(str, STEPS)]
+            call = [str(PEER), str(HERE / "_nncodec.py"), str(checkpoint), folder, *map(str, steps)]
             subprocess.run(call, check=True, capture_output=True)
-            for step in STEPS:
+            for step in steps:
                 model.load_state_dict({**state, **load_file(Path(folder) / f"{step}.safetensors")})
                 accuracy = evaluate(model, data.test or [], "accuracy")
                 found[f"NNCodec/{step}"] = ((Path(folder) / f"{step}.nnc").stat().st_size, accuracy)
@@ -78,8 +76,10 @@ def main() -> int:
     print(conditions())
     if not PEER.exists():
         print(f"missing peer: NNCodec, in an environment of its own at {PEER.parent.parent}; `make peers` creates it")
-    seeds, epochs, settings = (SEEDS, 60, [*BITS, *CLUSTERS]) if not args.quick else (range(1), 8, [*BITS][:2])
-    cells = [{"number": n, "epochs": epochs, "settings": settings} for n in seeds]
+    seeds, epochs, settings, steps = SEEDS, 60, [*BITS, *CLUSTERS], [*STEPS]
+    if args.quick:
+        seeds, epochs, settings, steps = range(1), 8, settings[:2], steps[:1]
+    cells = [{"number": n, "epochs": epochs, "settings": settings, "steps": steps} for n in seeds]
     runs = run_cells("storage", seed, cells, jobs=args.jobs, fresh=args.fresh, seconds=2.5 * epochs + 60)
     base = statistics.mean(run["checkpoint"][1] for run in runs)
     rows, best = [Row("checkpoint, accuracy", round(base, 2), "%")], {}

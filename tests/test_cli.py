@@ -74,7 +74,8 @@ def test_compress_prints_tables_and_writes_both_files(run: Smelt, weights: Path,
     paths = "-o", "net.smelt", "--report", "net.html"
     done = run("compress", MODEL, "--weights", weights, "--data", "digits", "--recipe", recipe, *paths)
     assert done.code == 0, done.err
-    for word in ("3 code.huffman", "accuracy", "simulated", "wrote net.smelt and net.html"):
+    under = f"measured with device cpu, batch size 64, threads {torch.get_num_threads()}, torch {torch.__version__}"
+    for word in ("3 code.huffman", "accuracy", "simulated", "wrote net.smelt and net.html", under):
         assert word in done.out
     assert done.err.count("\n") == 3  # one line per step
     assert "code.huffman" in (tmp_path / "net.html").read_text(encoding="utf-8")
@@ -87,6 +88,7 @@ def test_compress_as_json(run: Smelt, weights: Path, recipe: Path, tmp_path: Pat
     done = run(*args, "-o", "net.smelt", "--json")
     data = json.loads(done.out)
     assert data["bytes"] == (tmp_path / "net.smelt").stat().st_size and data["ratio"] > 3
+    assert data["conditions"]["batch size"] == "64" and "threads" not in data["conditions"]
     assert data["recipe"]["steps"] and data["layers"] and not any(r["measure"] == "latency" for r in data["rows"])
 
 
@@ -127,12 +129,19 @@ def test_an_interruption_says_how_to_go_on(
 
 
 def test_measure(run: Smelt, weights: Path, compressed: Path) -> None:
-    done = run("measure", compressed, "--data", "digits")
+    done = run("measure", compressed, "--data", "digits", "--threads", 1, "--batch-size", 50)
     assert done.code == 0
-    for word in ("latency", "simulated", "smaller than the same model"):
+    for word in (
+        "latency",
+        "simulated",
+        "measured with device cpu, batch size 50, threads 1, torch",
+        "smaller than the same model",
+    ):
         assert word in done.out
     found = json.loads(run("measure", MODEL, "--weights", weights, "--data", "digits", "--json").out)
     rows = {row["measure"]: row for row in found["rows"]}
+    assert set(found["conditions"]) == {"device", "batch size", "threads", "torch"}
+    assert rows["latency"]["threads"] == int(found["conditions"]["threads"])
     assert found["ratio"] == 1 and rows["file"]["value"] == found["checkpoint"] and not rows["MACs"]["simulated"]
     assert "--data digits" in run("measure", compressed).out
 

@@ -67,6 +67,27 @@ def test_prefix_hash_depends_on_the_prefix_only() -> None:
         ("steps:", "step:", RecipeError, ["steps"]),
         ("- code.huffman", "- {", RecipeError, ["line 9", "YAML"]),
         ("- code.huffman", "- recover: {}", RecipeError, ["reserved"]),
+        ('[fc1, "!fc1.bias"]', "3", RecipeError, ["line 7", "'on'", "not 3"]),
+        ('[fc1, "!fc1.bias"]', "null", RecipeError, ["line 7", "'on'", "not None"]),
+        ('[fc1, "!fc1.bias"]', "[]", RecipeError, ["line 7", "'on'", "not []"]),
+        ('[fc1, "!fc1.bias"]', "[fc1, 3]", RecipeError, ["line 7", "'on'", "3"]),
+        ("epochs: 3", "lr: {ramp: [0.1, 0.01]}", RecipeError, ["line 3", "train.lr cannot ramp", "'with'"]),
+        ("epochs: 3", "epochs: {ramp: [1, 9]}", RecipeError, ["line 3", "train.epochs cannot ramp"]),
+        ("epochs: 3", "momentum: 1", RecipeError, ["line 3", "train.momentum is 1", "adam", "below 1"]),
+        ("[0, 0.9]", "{start: a, end: 1}", RecipeError, ["line 6", "prune.weights.ratio", "start is 'a'"]),
+        ("[0, 0.9]", "{start: 0, end: 1, begin: x}", RecipeError, ["line 6", "begin is 'x'"]),
+        ("[0, 0.9]", "{start: 0, end: 1, finish: .nan}", RecipeError, ["line 6", "finish is nan"]),
+        ("[0, 0.9]", "[0, .inf]", RecipeError, ["line 6", "end is inf"]),
+        ("{ramp: [0, 0.9]}", "9" * 400, RecipeError, ["line 6", "prune.weights.ratio"]),
+        ("clusters: 32", "clusters: " + "9" * 5000, RecipeError, ["not valid YAML", "4300"]),
+        (
+            "share.kmeans: {clusters: 32",
+            f"quantize.affine: {{group: {10**30}",
+            RecipeError,
+            ["line 7", "1..2147483648"],
+        ),
+        ("ratio: {ramp: [0, 0.9]}, scope: global", "pattern: 2:4, ratio: 0.7", RecipeError, ["line 6", "fixes the"]),
+        ("- code.huffman", "- &a [*a]", RecipeError, ["alias within itself"]),
     ],
 )
 def test_errors_name_line_key_and_what_is_right(old: str, new: str, kind: type, words: list[str]) -> None:
@@ -83,8 +104,24 @@ def test_errors_name_line_key_and_what_is_right(old: str, new: str, kind: type, 
 def test_missing_file_and_empty_recipe() -> None:
     with pytest.raises(RecipeError, match=r"no recipe file 'nowhere\.yaml'"):
         Recipe.of("nowhere.yaml")
+    for name in ("long" * 100, "nul\0"):
+        with pytest.raises(RecipeError, match="no recipe file") as caught:
+            Recipe.of(name)
+        assert len(str(caught.value)) < 200
     with pytest.raises(RecipeError, match="one step or more"):
         Recipe.of({"steps": []})
+
+
+def test_a_pattern_is_no_time_of_day() -> None:
+    recipe = Recipe.of("steps:\n- prune.weights: {pattern: 2:4, on: 2024-11-05}\n- share.kmeans: {clusters: 8}\n")
+    assert recipe.steps[0].act == Weights(pattern="2:4") and recipe.steps[0].on == ("2024-11-05",)
+    assert Recipe.of(recipe.to_yaml()).to_plain() == recipe.to_plain()
+
+
+def test_only_adam_needs_a_momentum_below_one() -> None:
+    assert Train(optimizer="sgd", momentum=1).momentum == 1
+    with pytest.raises(RecipeError, match="adamw takes it as beta1"):
+        Train(optimizer="adamw", momentum=1.0)
 
 
 @pytest.mark.parametrize(("t", "value"), [(0.0, 0.0), (0.375, 0.9 * (1 - 0.5**3)), (0.75, 0.9), (1.0, 0.9)])
@@ -96,5 +133,6 @@ def test_patterns_fix_the_ratio() -> None:
     assert Weights(pattern="2:4").pattern == "2:4"
     with pytest.raises(RecipeError, match="N:M"):
         Weights(pattern="4:2")
-    with pytest.raises(RecipeError, match="fixes the ratio"):
-        Weights(pattern="2:4", scope="global")
+    for settings in ({"scope": "global"}, {"ratio": 0.7}, {"ratio": Ramp(0, 0.5)}):
+        with pytest.raises(RecipeError, match="fixes the ratio"):
+            Weights(pattern="2:4", **settings)  # type: ignore[arg-type]

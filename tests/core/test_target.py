@@ -61,3 +61,9 @@ def test_not_finite_names_the_tensor() -> None:
         model.body[0].weight[1, 2] = float("nan")
     with pytest.raises(ModelError, match=r"body\.0\.weight \[4, 4\] holds 1 NaN"):
         check_finite(targets(model))
+
+
+def test_a_mask_of_minus_infinity_is_finite_enough() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    check_finite(targets(model))

@@ -228,3 +228,9 @@ def test_in_a_recipe(model: nn.Sequential, job: smelt.Job) -> None:
     steps = [{"quantize.affine": {"bits": 6, "range": "mse"}}, {"quantize.affine": {"at": "input", "dynamic": False}}]
     result = smelt.compress(model, steps, job)
     assert result.report.value("accuracy") > result.report.value("accuracy", 0) - 0.02
+
+
+def test_a_group_longer_than_the_row_is_the_row() -> None:
+    x = randn(4, 6)
+    most, row = (encode(x, per="group", group=group, bits=4) for group in (1 << 31, 6))
+    assert torch.equal(most.decode(), row.decode()) and most.parts["scale"].shape == (4, 1)

@@ -140,3 +140,59 @@ def test_in_a_recipe(model: nn.Sequential, job: smelt.Job) -> None:
     result = smelt.compress(model, [{"lowrank.svd": {"rank": 20}}], job)
     assert result.report.value("parameters") < result.report.value("parameters", 0)
     assert any("leaves 0.weight" in note and "would need" in note for note in result.report.notes)
+
+
+class Borrowing(nn.Module):
+    """Uses one layer's weight past the layer itself."""
+
+    def __init__(self, branch: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"f": nn.Linear(20, 30), "free": nn.Linear(30, 20)})
+        self.outer = nn.Linear(20, 30)
+        self.branch = branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner["free"](nn.functional.linear(x, self.inner["f"].weight))
+        return self.outer(x)
+
+
+class Branching(nn.Module):
+    """Cannot be traced; what it holds can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Borrowing()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x) if x.sum() > 0 else self.part(-x)
+
+
+@pytest.mark.parametrize(("model", "path"), [(Borrowing(), ""), (Branching(), "part.")])
+def test_weights_that_others_read_are_left_alone(model: nn.Module, path: str) -> None:
+    edits = {getattr(e, "tensor", None) or getattr(e, "path", None): e for e in split(model, rank=2)}
+    note = edits[f"{path}inner.f.weight"]
+    assert isinstance(note, Note) and "reads its weights" in note.reason
+    assert isinstance(edits[f"{path}inner.free"], Replace) and isinstance(edits[f"{path}outer"], Replace)
+    assert model(torch.ones(3, 20)).shape == (3, 30)
+
+
+def test_transformers_still_run() -> None:
+    make = {"d_model": 16, "nhead": 2, "dim_feedforward": 64, "batch_first": True}
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**make), 2, enable_nested_tensor=False)
+    model = nn.ModuleDict({"encoder": encoder, "decoder": nn.TransformerDecoderLayer(**make)}).eval()
+    notes = {e.tensor: e.reason for e in split(model, rank=3) if isinstance(e, Note)}
+    for name in ("linear1", "linear2"):
+        assert "TransformerEncoderLayer around it" in notes[f"encoder.layers.1.{name}.weight"]
+        assert isinstance(model["decoder"].get_submodule(name), nn.Sequential)
+    assert "encoder.layers.0.self_attn.out_proj.weight" in notes
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():  # the fast path of the encoder, which reads the weights
+        assert model["decoder"](x, model["encoder"](x)).shape == x.shape
+
+
+def test_attention_reads_its_projection() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2)}).eval()
+    model["a"].out_proj = nn.Linear(16, 16)
+    (note,) = [e for e in split(model, rank=2) if e.tensor == "a.out_proj.weight"]
+    assert isinstance(note, Note) and "MultiheadAttention around it" in note.reason
+    assert model["a"](*[torch.zeros(3, 1, 16)] * 3)[0].shape == (3, 1, 16)

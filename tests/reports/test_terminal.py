@@ -26,6 +26,14 @@ def test_stage_table_has_every_number(width: int) -> None:
     assert "2: left fc.bias alone" in text
 
 
+def test_the_conditions_stand_below() -> None:
+    made = report()
+    assert "measured with" not in text_of(terminal.stage_table(made))
+    made.conditions |= {"torch": "2.9", "threads": "1", "device": "cpu", "batch size": "128"}
+    last = text_of(terminal.stage_table(made)).splitlines()[-1]
+    assert last.strip() == "measured with device cpu, batch size 128, threads 1, torch 2.9"
+
+
 def test_bars_are_in_proportion() -> None:
     lines = text_of(terminal.bars([("a", 1000), ("b", 500), ("c", 0)]), 60).splitlines()
     lengths = [line.count("█") for line in lines]

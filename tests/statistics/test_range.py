@@ -67,3 +67,8 @@ def test_refusals() -> None:
     with pytest.raises(DataError, match="input of 'twice': there are NaN"):
         gather(model, {"twice": [("input", "range")]}, batches)
     assert not model.twice._forward_pre_hooks
+
+
+def test_a_model_that_fails_is_named() -> None:
+    with pytest.raises(ModelError, match=r"fails while statistics are gathered, given float32 \[4, 3\]: mat1 and mat2"):
+        gather(nn.Sequential(nn.Linear(2, 2)), {"0": [("output", "range")]}, [torch.zeros(4, 3)])

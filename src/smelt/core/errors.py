@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 LISTED = 10  # choices that an error lists at most
 
 

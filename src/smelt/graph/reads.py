@@ -19,10 +19,10 @@ def outside(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for part in _parts(model, ""):
-        inside = f"its weights are read by the forward of {part.prefix[:-1] or type(model).__name__}, not by its own alone"
-        found |= {f"{part.prefix}{path}": inside for path in part.read if path}
+        reason = f"the forward of {part.prefix[:-1] or type(model).__name__} reads its weights"
+        found |= {f"{part.prefix}{path}": reason for path in part.read if path}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, READERS):
-            reason = f"its weights are read by the {type(module).__name__} around it"
+            reason = f"the {type(module).__name__} around it reads its weights"
             found |= {f"{path}.{name}" if path else name: reason for name, _ in module.named_children()}
     return found

@@ -56,7 +56,8 @@ class KMeans(Codec):
         """What k shared values cost for n weights in a file, their indices packed where that makes them smaller."""
         plain = n * (1 if k <= 256 else 2 if k <= 1 << 15 else 4)
         packed = NODE_BYTES + -(-n * max(k - 1, 1).bit_length() // 8)
-        return NODE_BYTES + k * getattr(torch, self.codebook).itemsize + min(plain, packed)
+        each: int = getattr(torch, self.codebook).itemsize
+        return NODE_BYTES + k * each + min(plain, packed)
 
     def fit(self, x: Tensor, stats: Stats) -> State:
         """codebook: [k], ascending and distinct, k <= clusters; where: the mask, as in `Stats`."""
