@@ -52,7 +52,7 @@ def save(
     Args:
         recipe, report: plain data to keep in the file.
         tail: lossless codecs for every leaf, () for none; by default those the model's store names for a tensor,
-            else `code.bits`.
+            and `code.bits`.
         force: replace an existing file.
 
     Raises:
@@ -93,9 +93,11 @@ class _Packer:
 
     def pack(self, target: Target) -> Tensor | Encoded:
         check_holds(target.tensor, str(target))
-        tail = self.tail if self.tail is not None else self.held.tails.get(target.name)
+        tail = self.tail
         if tail is None:
-            tail = [make(name) for name in DEFAULT_TAIL]
+            named = self.held.tails.get(target.name, ())
+            floor = [make(name) for name in DEFAULT_TAIL]
+            tail = [*named, *(codec for codec in floor if codec not in named)]
         once = [self.coders.setdefault(repr(c), _Once(c, self.shared)) for c in tail]
         part = self.trees.get(target.name)
         return pack(target.tensor.detach().cpu() if part is None else part, once)  # type: ignore[arg-type]
