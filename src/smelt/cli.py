@@ -93,7 +93,6 @@ def _compress(args: argparse.Namespace) -> None:
     )
     with terminal.TerminalProgress() as progress:
         result = compress(source, recipe, job, progress=progress)
-    result.report.conditions |= conditions(result.report.rows, data, args.device)
     size = result.save(args.output, force=args.force)
     if args.report:
         html.write(result.report, args.report, title=f"{Path(args.model).name}, {recipe.name}", force=args.force)

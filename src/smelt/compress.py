@@ -27,7 +27,7 @@ from smelt.core import data as data_module
 from smelt.core import shelf
 from smelt.core.apply import apply_step
 from smelt.core.cache import cache_folder, keys
-from smelt.core.data import Batches, Data, batch, evaluating, forward_or_raise, move, samples
+from smelt.core.data import Batches, Data, batch, evaluating, forward_or_raise, move
 from smelt.core.errors import ModelError, SmeltError
 from smelt.core.job import Job
 from smelt.core.method import Codec, Lossless, Rewrite
@@ -39,7 +39,7 @@ from smelt.core.source import Source
 from smelt.core.store import has_store, store_of, strip
 from smelt.core.target import check_finite, check_usable, select, targets
 from smelt.formats import smelt as smelt_file
-from smelt.measure import examples, measure, metric_name
+from smelt.measure import conditions, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
 from smelt.measures.bytes import checkpoint_bytes
 from smelt.models._open import open_model
@@ -280,24 +280,20 @@ class _Run:
         return lambda model, loader: -evaluate(model, loader, trained, job.device, "held out")
 
     def _conditions(self) -> None:
-        threads = self.job.threads or torch.get_num_threads()
-        inputs = examples(self.job.data, self.job.device)
-        size = samples(inputs) if inputs is not None else 0
+        job = self.job
         self.report.conditions = {
             "date": date.today().isoformat(),
+            **conditions(self.report.rows, job.data, job.device),
             "smelt": __version__,
-            "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": processor(),
-            "device": self.job.device,
-            "data": self.job.data.name if self.job.data else "none",
-            "seed": str(self.job.seed),
+            "data": job.data.name if job.data else "none",
+            "seed": str(job.seed),
             "file, step 0": "the model as a safetensors checkpoint, floats as fp32",
-            "latency": f"forward of {size} samples, {threads} threads; median and quartiles of 30 after 5 to warm up",
-            "peak memory": f"live tensors (weights, inputs, activations) during one forward of a batch of {size}",
+            "latency": "one forward of a batch; median and quartiles of 30 after 5 to warm up",
+            "peak memory": "live tensors (weights, inputs, activations) during one forward of a batch",
         }
-        stored = [e.encoded for e in store_of(self.given).entries.values()]
-        if any(row.simulated for row in self.report.rows) or stored:
+        if any(row.simulated for row in self.report.rows):
             self.report.notes.append(
                 "rows marked simulated ran dense: no kernel serves what is stored, so it saves neither time nor memory"
             )
