@@ -212,6 +212,18 @@ def test_statistics_are_gathered_from_linear_layers(name: str) -> None:
     assert statistic.result() is not None
 
 
+@pytest.mark.parametrize("name", shelf.names("data"))
+def test_embedded_data_repeat_and_hold_out_a_test_split(name: str) -> None:
+    first, again = (shelf.module("data", name).load(seed=1) for _ in range(2))
+    assert first.fingerprint == again.fingerprint != shelf.module("data", name).load(seed=2).fingerprint
+    assert {"train", "test"} <= set(first.splits())
+
+
+@pytest.mark.parametrize("name", [n for n in shelf.names("measures") if n != "accuracy"])
+def test_measures_have_a_unit(name: str) -> None:
+    assert isinstance(shelf.module("measures", name).UNIT, str)
+
+
 @pytest.mark.parametrize("name", shelf.names("models"))
 def test_builders_build_from_defaults(name: str) -> None:
     arguments = {"chain": {"layers": ["ReLU"]}}.get(name, {})

@@ -41,7 +41,7 @@ from smelt.core.target import check_finite, check_usable, select, targets
 from smelt.formats import smelt as smelt_file
 from smelt.measure import conditions, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
-from smelt.measures.bytes import checkpoint_bytes
+from smelt.measures.bytes import checkpoint_bytes, file_bytes
 from smelt.models._open import open_model
 from smelt.train.loop import Loop, fit, task_loss
 from smelt.version import __version__
@@ -185,7 +185,7 @@ class _Run:
         notes = self._act(step, label, model, stem)
         smelt_file.save(model, path, recipe=self.recipe.to_plain(), force=True)
         loaded = self._load(path, model)
-        found = Report(self._measured(index, step.key, loaded, path.stat().st_size), notes=notes)
+        found = Report(self._measured(index, step.key, loaded, file_bytes(path)), notes=notes)
         text = found.to_json().encode()
         with replacing(rows, True, len(text)) as file:
             file.write(text)
