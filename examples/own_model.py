@@ -57,7 +57,6 @@ steps:
   - train:
       epochs: 4
       with:
-        - distill.logits: {temperature: 3}
         - quantize.affine: {bits: 4}              # quantization-aware; stored in 4 bits at the end
   - code.huffman
 """
