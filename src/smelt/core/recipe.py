@@ -73,7 +73,9 @@ class Train:
     schedule: str = setting("cosine", "learning rate over the loop, from the peak to zero", choices=SCHEDULES)
     warmup: float = setting(0.0, "share of the loop in which the rate rises from zero", low=0, high=1)
     clip: float | None = setting(None, "largest gradient norm", low=0)
-    precision: str = setting("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
+    precision: str = setting(
+        "float32", "arithmetic of the forward passes, the teacher's too", choices=("float32", "bfloat16")
+    )
     hold_out: float = setting(0.1, "share of the training data held out for selection", low=0, high=0.5)
     keep: str = setting("best", "which weights are kept: best on the held-out split, or last", choices=("best", "last"))
     patience: int | None = setting(None, "epochs without improvement before it stops", low=1)

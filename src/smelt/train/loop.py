@@ -150,12 +150,13 @@ def _one_epoch(
         done = epoch * per_epoch + index
         for group in optimizer.param_groups:
             group["lr"] = act.lr * rate(act, done / (act.epochs * per_epoch))
+        inputs = layout(inputs)
         with torch.autocast(loop.device.split(":")[0], torch.bfloat16, enabled=act.precision == "bfloat16"):
-            outputs = forward(model, layout(inputs))
-        hard = None
-        if labels is not None and act.hard:
-            hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
-        loss = t.loss(inputs, outputs, labels, hard, guide)
+            outputs = forward(model, inputs)
+            hard = None
+            if labels is not None and act.hard:
+                hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
+            loss = t.loss(inputs, outputs, labels, hard, guide)
         if not loss.requires_grad:
             raise DataError(
                 "train has nothing to learn from: the batches have no labels and no objective stands under 'with'"
