@@ -1,5 +1,6 @@
 """What README and examples tell people to type works."""
 
+import os
 import re
 import shlex
 import shutil
@@ -76,8 +77,9 @@ def test_architecture_names_files_that_exist() -> None:
 def test_examples_run(example: str, tmp_path: Path) -> None:
     text = (ROOT / "examples" / example).read_text()
     (tmp_path / example).write_text(re.sub(r"epochs: \d+", "epochs: 2", re.sub(r"train\(15", "train(2", text)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks this small only wait for a second thread
     done = subprocess.run(
-        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, example], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "bytes" in done.stdout
