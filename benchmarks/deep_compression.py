@@ -38,14 +38,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "train": {"epochs": 8, "lr": 1.5e-3, "optimizer": "adamw", "weight_decay": 0.02},
         "paper": (0.80, 0.74, 39),
         "beyond": ("lenet-5.yaml", 200, 0.80, "555x at 0.69 %"),
-        "seconds": (220, 230),
+        "seconds": (300, 480),
     },
     "LeNet-300-100": {
         "builder": "lenet300",
         "train": {"epochs": 25, "lr": 1.5e-3, "optimizer": "adamw", "weight_decay": 0.05},
         "paper": (1.64, 1.58, 40),
         "beyond": ("lenet-300-100.yaml", 100, 1.64, "124x at 1.9 %"),
-        "seconds": (60, 70),
+        "seconds": (90, 130),
     },
 }
 
