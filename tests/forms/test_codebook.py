@@ -73,7 +73,7 @@ def test_an_unordered_codebook_is_ordered() -> None:
 
 
 def test_refusal() -> None:
-    layer = torch.nn.BatchNorm1d(3)
+    layer = torch.nn.BatchNorm1d(300)
     for name, refused in (("num_batches_tracked", True), ("weight", False)):
         tensor = getattr(layer, name)
         assert bool(KMeans().refuses(Target(name, (("", name),), tensor, layer, True))) is refused
