@@ -1,0 +1,185 @@
+/* The alias method with AVX-512: 32 lanes a vector, tables of up to 32 buckets in registers.
+
+   A state is two 16-bit words.  The low bits of `low` are the bucket, which is the index that vpermw looks up;
+   x = frequency * high + rank is a 16 x 16 bit product with carry; a word is read where `high` became 0. */
+#include "rans.h"
+
+#if defined(SMELT_X86)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt,bmi2")))
+
+typedef struct {
+    __m512i from, own, other, bias, own_value, other_value;
+} registers;
+
+TARGET static inline __m512i wide(const u8 *values, int k) {
+    __m256i v = k == 32 ? _mm256_loadu_si256((const __m256i *)values)
+                        : _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
+    return _mm512_cvtepu8_epi16(v);
+}
+
+TARGET static inline __m512i words_of(const u16 *values, int k) {
+    return k == 32 ? _mm512_loadu_si512(values)
+                   : _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
+}
+
+TARGET static inline registers load(const rans_table *t, int value_shift) {
+    const int k = t->buckets;
+    const __m128i by = _mm_cvtsi32_si128(value_shift);
+    return (registers){words_of(t->from, k), words_of(t->own_freq, k), words_of(t->other_freq, k), words_of(t->bias, k),
+                       _mm512_sll_epi16(wide(t->own_value, k), by), _mm512_sll_epi16(wide(t->other_value, k), by)};
+}
+
+/* One symbol of 32 lanes. */
+TARGET static inline __m512i next(const registers *t, int shift, __m512i *high, __m512i *low, const u8 **words) {
+    const __m512i l = *low, h = *high;
+    const __mmask32 k = _mm512_cmpge_epu16_mask(l, _mm512_permutexvar_epi16(l, t->from));
+    const __m512i f = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(l, t->own), k, l, t->other);
+    const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(l, t->own_value), k, l, t->other_value);
+    const __m512i position = _mm512_srli_epi16(l, (unsigned)shift);
+    const __m512i rank = _mm512_add_epi16(position, _mm512_maskz_permutexvar_epi16(k, l, t->bias));
+    const __m512i lo = _mm512_add_epi16(_mm512_mullo_epi16(f, h), rank);
+    __m512i hi = _mm512_mulhi_epu16(f, h);
+    hi = _mm512_mask_sub_epi16(hi, _mm512_cmplt_epu16_mask(lo, rank), hi, _mm512_set1_epi16(-1));
+    const __mmask32 empty = _mm512_testn_epi16_mask(hi, hi);
+    *high = _mm512_mask_mov_epi16(hi, empty, lo);
+    *low = _mm512_mask_expand_epi16(lo, empty, _mm512_loadu_si512(*words));
+    *words += 2 * (unsigned)__builtin_popcount(empty);
+    return value;
+}
+
+#define LOAD_LANES                                                                                                     \
+    __m512i high[4], low[4];                                                                                           \
+    for (int g = 0; g < 4; g++)                                                                                        \
+        high[g] = _mm512_loadu_si512(lanes->high + 32 * g), low[g] = _mm512_loadu_si512(lanes->low + 32 * g);          \
+    const u8 *w = lanes->words;                                                                                        \
+    size_t done = 0;
+
+#define STORE_LANES                                                                                                    \
+    for (int g = 0; g < 4; g++)                                                                                        \
+        _mm512_storeu_si512(lanes->high + 32 * g, high[g]), _mm512_storeu_si512(lanes->low + 32 * g, low[g]);          \
+    lanes->words = w;                                                                                                  \
+    return done;
+
+/* A step takes at most 256 bytes, and its last vector of words begins no later than byte 192. */
+#define FAR (lanes->end - w >= 256)
+
+#define RUN(NAME, SHIFT)                                                                                               \
+    TARGET static size_t NAME(const rans_table *table, rans_lanes *lanes, size_t steps, u8 *out) {                     \
+        const registers t = load(table, 0);                                                                            \
+        LOAD_LANES                                                                                                     \
+        for (; done < steps && FAR; done++, out += LANES) {                                                            \
+            _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
+                __m512i value = next(&t, SHIFT, high + g, low + g, &w);                                                \
+                _mm256_storeu_si256((__m256i *)(out + 32 * g), _mm512_cvtepi16_epi8(value));                           \
+            }                                                                                                          \
+        }                                                                                                              \
+        STORE_LANES                                                                                                    \
+    }
+RUN(run16, 4)
+RUN(run32, 5)
+
+/* Exponents joined at once: out = (value << 8 | rest) rotated right by one bit. */
+#define RUN_BF16(NAME, SHIFT)                                                                                          \
+    TARGET static size_t NAME(const rans_table *table, rans_lanes *lanes, size_t steps, const u8 *rest, u8 *out) {     \
+        const registers t = load(table, 8);                                                                            \
+        LOAD_LANES                                                                                                     \
+        for (; done < steps && FAR; done++, rest += LANES, out += 2 * LANES) {                                         \
+            _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
+                __m512i x = next(&t, SHIFT, high + g, low + g, &w);                                                    \
+                x = _mm512_or_si512(x, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + 32 * g))));    \
+                _mm512_storeu_si512(out + 64 * g, _mm512_shrdi_epi16(x, x, 1));                                        \
+            }                                                                                                          \
+        }                                                                                                              \
+        STORE_LANES                                                                                                    \
+    }
+RUN_BF16(bf16_16, 4)
+RUN_BF16(bf16_32, 5)
+
+size_t rans_run_avx512(const rans_table *table, rans_lanes *lanes, size_t steps, u8 *out) {
+    return table->buckets == 16   ? run16(table, lanes, steps, out)
+           : table->buckets == 32 ? run32(table, lanes, steps, out)
+                                  : rans_run_avx2(table, lanes, steps, out); /* 256 do not fit in registers */
+}
+
+size_t rans_run_bf16_avx512(const rans_table *table, rans_lanes *lanes, size_t steps, const u8 *rest, u8 *out) {
+    return table->buckets == 16   ? bf16_16(table, lanes, steps, rest, out)
+           : table->buckets == 32 ? bf16_32(table, lanes, steps, rest, out)
+                                  : 0;
+}
+
+/* out[i] = map[in[i]]; count is a multiple of 64 */
+TARGET void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out) {
+    const __m512i a = _mm512_loadu_si512(map), b = _mm512_loadu_si512(map + 64);
+    const __m512i c = _mm512_loadu_si512(map + 128), d = _mm512_loadu_si512(map + 192);
+    for (size_t i = 0; i < count; i += 64) {
+        const __m512i x = _mm512_loadu_si512(in + i);
+        const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
+        _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
+    }
+}
+
+/* ---- encoding: 16 lanes a vector; x / f by a reciprocal in binary32, off by at most one, then put right */
+
+TARGET static inline __m512i look(const u32 *values, __m512i s, __m512i a, __m512i b, int k) {
+    return k > 32 ? _mm512_i32gather_epi32(s, values, 4) : _mm512_permutex2var_epi32(a, s, b);
+}
+
+/* One block with one table. */
+TARGET static inline u16 *code_block(const rans_coder *coder, const rans_plan *plan, const u8 *entries, size_t count,
+                                     u16 *w, __m512i *x, int k) {
+    u32 inverse[256];
+    for (int i = 0; i < k; i++) {
+        float one = coder->freq[i] ? 1.0f / (float)coder->freq[i] : 0.0f;
+        memcpy(inverse + i, &one, 4);
+    }
+    const __m512i f0 = _mm512_loadu_si512(coder->freq), f1 = _mm512_loadu_si512(coder->freq + 16);
+    const __m512i s0 = _mm512_loadu_si512(coder->start), s1 = _mm512_loadu_si512(coder->start + 16);
+    const __m512i i0 = _mm512_loadu_si512(inverse), i1 = k > 16 ? _mm512_loadu_si512(inverse + 16) : i0;
+    const __m128i shift = _mm_cvtsi32_si128(16 - plan->precision), by = _mm_cvtsi32_si128(log2_of((u32)k));
+    const __m512i fine = _mm512_set1_epi32((1 << (16 - plan->precision)) - 1), word = _mm512_set1_epi32(65535);
+    const __m512i one = _mm512_set1_epi32(1);
+    for (size_t i = count; i; i -= LANES) {
+        _Pragma("GCC unroll 8") for (int g = 7; g >= 0; g--) {
+            const __m512i s = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(entries + i - LANES + 16 * g)));
+            const __m512i f = look(coder->freq, s, f0, f1, k), start = look(coder->start, s, s0, s1, k);
+            const __m512 inv = _mm512_castsi512_ps(look(inverse, s, i0, i1, k));
+            const __mmask16 full = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(x[g], 16), f);
+            const unsigned number = (unsigned)__builtin_popcount(full);
+            const __m256i out = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x[g]));
+            w -= number;
+            _mm256_mask_storeu_epi16(w, (__mmask16)((1u << number) - 1), out);
+            const __m512i y = _mm512_mask_srli_epi32(x[g], full, x[g], 16);
+            __m512i q = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_cvtepu32_ps(y), inv));
+            __m512i r = _mm512_sub_epi32(y, _mm512_mullo_epi32(q, f));
+            const __mmask16 low = _mm512_cmplt_epi32_mask(r, _mm512_setzero_si512());
+            r = _mm512_mask_add_epi32(r, low, r, f), q = _mm512_mask_sub_epi32(q, low, q, one);
+            const __mmask16 high = _mm512_cmpge_epi32_mask(r, f);
+            r = _mm512_mask_sub_epi32(r, high, r, f), q = _mm512_mask_add_epi32(q, high, q, one);
+            __m512i slot = _mm512_add_epi32(start, _mm512_srl_epi32(r, shift));
+            slot = _mm512_and_si512(_mm512_i32gather_epi32(slot, coder->map, 2), word);
+            slot = _mm512_add_epi32(slot, _mm512_sll_epi32(_mm512_and_si512(r, fine), by));
+            x[g] = _mm512_or_si512(_mm512_slli_epi32(q, 16), slot);
+        }
+    }
+    return w;
+}
+
+TARGET size_t rans_code_avx512(const rans_coder *coders, const rans_plan *plan, const u8 *classes, const u8 *entries,
+                               size_t count, u16 *end, u32 *states) {
+    __m512i x[8];
+    u16 *w = end;
+    for (int g = 0; g < 8; g++) x[g] = _mm512_set1_epi32(65536);
+    while (count) {
+        const size_t begin = classes ? (count - 1) / BLOCK * BLOCK : 0, number = classes ? classes[begin / BLOCK] : 0;
+        const rans_coder *coder = coders + number;
+        w = plan->buckets == 16   ? code_block(coder, plan, entries + begin, count - begin, w, x, 16)
+            : plan->buckets == 32 ? code_block(coder, plan, entries + begin, count - begin, w, x, 32)
+                                  : code_block(coder, plan, entries + begin, count - begin, w, x, 256);
+        count = begin;
+    }
+    for (int g = 0; g < 8; g++) _mm512_storeu_si512(states + 16 * g, x[g]);
+    return (size_t)(end - w);
+}
+#endif
