@@ -20,17 +20,22 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(if $(shell command -v $(CC)),$(CC) -std=c11 -O1 -Wall -Wextra -Werror -fsyntax-only $(filter-out %/module.c,$(wildcard src/smelt/native/*.c)))
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/smelt/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-peers: benchmarks/.peers/nncodec/.ready
+peers: $(VENV)/.peers benchmarks/.peers/nncodec/.ready
+
+$(VENV)/.peers: benchmarks/requirements.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<
+	touch $@
 
 benchmarks/.peers/nncodec/.ready: benchmarks/requirements-nncodec.txt
 	$(PYTHON) -m venv $(@D)

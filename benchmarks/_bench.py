@@ -88,15 +88,15 @@ def run_cells(
     return [json.loads(path.read_text()) for path in paths]
 
 
-def finish(rows: Sequence[Row], path: str | None) -> None:
-    """Print the rows as a Markdown table and write them as JSON."""
+def finish(rows: Sequence[Row], path: str | None, more: Sequence[Row] = ()) -> None:
+    """Print the rows as a Markdown table and write them as JSON; `more` are only written."""
     print("\n| measure | value | unit | peer | peer's value | target |\n|---|---|---|---|---|---|")
     for row in rows:
         cells = [row.measure, _number(row.value), row.unit, row.peer or "", _number(row.peer_value), row.target or ""]
         print(f"| {' | '.join(cells)} |")
     if path:
         part = Path(path).with_suffix(".part")
-        part.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        part.write_text(json.dumps([asdict(row) for row in (*rows, *more)], indent=1))
         os.replace(part, path)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import smelt
 from smelt import cli
@@ -154,6 +155,73 @@ def test_show(run: Smelt, compressed: Path) -> None:
     assert found["bytes"] == compressed.stat().st_size and len(found["tensors"]) == 8
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    tensors = {"w": torch.linspace(-1, 1, 90000).reshape(300, 300).bfloat16(), "b": torch.zeros(300)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def test_pack_and_unpack(run: Smelt, checkpoint: Path, tmp_path: Path) -> None:
+    done = run("pack", "model.safetensors")
+    size = (tmp_path / "model.smelt").stat().st_size
+    assert done.code == 0 and done.err.count("\n") == 1
+    for word in ("BF16", "F32", "smaller", f"wrote model.smelt: {size:,} bytes", "smaller than model.safetensors"):
+        assert word in done.out
+    one_line(run("pack", "model.safetensors"), 6, "--force")
+    found = json.loads(run("pack", "model.safetensors", "--force", "--threads", 2, "--json").out)
+    assert (found["bytes before"], found["bytes after"]) == (checkpoint.stat().st_size, size)
+    assert found["ratio"] == pytest.approx(found["bytes before"] / size) and found["seconds"] > 0
+    assert [(d["dtype"], d["tensors"], d["before"]) for d in found["dtypes"]] == [("BF16", 1, 180000), ("F32", 1, 1200)]
+    one_line(run("unpack", "model.smelt"), 6, "--force")
+    done = run("unpack", "model.smelt", "-o", "back.safetensors")
+    assert done.code == 0 and "byte for byte" in done.out
+    assert (tmp_path / "back.safetensors").read_bytes() == checkpoint.read_bytes()
+    assert (
+        json.loads(run("unpack", "model.smelt", "-o", "b", "--json").out)["bytes before"] == checkpoint.stat().st_size
+    )
+
+
+def test_pack_a_folder(run: Smelt, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    checkpoint.rename(tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    one_line(run("pack", "hub"), 6, "-o FOLDER")
+    done = run("pack", "hub", "-o", "packed")
+    assert done.code == 0 and "1 other files copied" in " ".join(done.out.split())
+    assert "1 finished before" in run("pack", "hub", "-o", "packed").out
+    assert run("unpack", "packed", "-o", "back").code == 0
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("hub", "back")]
+    assert files[0] == files[1]
+
+
+def test_an_interrupted_pack_goes_on(run: Smelt, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smelt.formats._packing.sha256_of", stop)
+        one_line(run("pack", "model.safetensors"), 130, "the same command goes on from here")
+    assert Path("model.smelt.part").exists() and not Path("model.smelt").exists()
+    assert json.loads(run("pack", "model.safetensors", "--json").out)["resumed"] == 181200
+    assert not list(Path().glob("*.part*"))
+    monkeypatch.setattr("smelt.formats.pack.sha256_of", stop)
+    one_line(run("unpack", "model.smelt", "-o", "b"), 130, "no half file was left")
+    assert sorted(p.name for p in Path().iterdir() if p.is_file()) == ["model.safetensors", "model.smelt"]
+
+
+def test_a_packed_checkpoint_is_no_model(run: Smelt, checkpoint: Path) -> None:
+    run("pack", "model.safetensors")
+    done = run("show", "model.smelt")
+    for word in ("a packed checkpoint", "entropy", "300×300"):
+        assert word in done.out
+    found = json.loads(run("show", "model.smelt", "--json").out)
+    assert found["origin"]["bytes"] == checkpoint.stat().st_size and len(found["tensors"]) == 2
+    one_line(run("measure", "model.smelt"), 5, "a packed checkpoint", "smelt unpack")
+    one_line(run("measure", "model.smelt", "--data", "digits", "--json"), 5, "a packed checkpoint")
+    one_line(run("compress", "model.smelt", "--recipe", "demo", "-o", "x.smelt"), 5, "a packed checkpoint")
+
+
 def test_methods_has_every_method(run: Smelt) -> None:
     done = run("methods")
     assert done.code == 0 and all(name in done.out for name in shelf.names("methods"))
@@ -191,6 +259,14 @@ BAD = [
     (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--cache", "r.yaml"], 6, "--no-cache"),
     (["compress", MODEL, "--recipe", "r.yaml", "-o", "x.smelt", "--report", "x.smelt"], 6, "both"),
     (["demo", "--out", "r.yaml"], 6, "r.yaml"),
+    (["pack"], 2, "FILE.safetensors"),
+    (["pack", "no.safetensors"], 5, "no.safetensors"),
+    (["pack", "r.yaml"], 5, "no .safetensors file"),
+    (["pack", "r.yaml", "-o", "r.yaml", "--force"], 6, "both read and written"),
+    (["pack", "r.yaml", "--threads", "0"], 2, "from 1"),
+    (["pack", "r.yaml", "-o", "no/x.smelt"], 6, "'no'"),
+    (["unpack", "r.yaml"], 5, "no .smelt file"),
+    (["unpack", "no.smelt"], 5, "no.smelt"),
     (["methods", "share.kmean"], 2, "did you mean 'share.kmeans'"),
 ]
 
@@ -213,7 +289,7 @@ def test_debug_shows_the_traceback(run: Smelt) -> None:
         run("measure", "lenett", "--debug")
 
 
-@pytest.mark.parametrize("verb", ["compress", "measure", "show", "methods", "demo"])
+@pytest.mark.parametrize("verb", ["compress", "measure", "show", "methods", "demo", "pack", "unpack"])
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])

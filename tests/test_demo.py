@@ -23,7 +23,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert accuracy == report.value("accuracy") > report.value("accuracy", 0) - 1.0
     assert report.value("accuracy", 0) > 97
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "5 code.huffman" in text and "█" in text and f"{file.stat().st_size:,} bytes" in text
+    assert "5 code.entropy" in text and "█" in text and f"{file.stat().st_size:,} bytes" in text
     assert "fc1.weight" in page.read_text(encoding="utf-8")
     with pytest.raises(OutputError, match="exists"):
         demo.run(tmp_path)

@@ -13,6 +13,8 @@ ROOT = Path(smelt.__file__).parent
 FLOORS: list[set[str]] = [
     {"__init__"},
     {"cli"},
+    {"_cli_pack"},
+    {"_cli_options"},
     {"demo"},
     {"compress"},
     {"measure"},
@@ -22,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"graph", "statistics", "scores", "grids"},
     {"forms"},
     {"core"},
-    {"version"},
+    {"native", "version"},
 ]
 SIZE = 400
 

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from smelt.cli import main
 from smelt.core.recipe import Recipe
@@ -29,10 +32,25 @@ def test_make_targets_exist() -> None:
 
 def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 14
     exec(compile(re.sub(r"epochs: \d+", "epochs: 2", code), "README.md", "exec"), {})
     assert (tmp_path / "model.smelt").exists()
+
+
+def checkpoint(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({"w": torch.zeros(30, 40), "b": torch.arange(9)}, folder / "model.safetensors")
+
+
+def test_packed_checkpoints_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path)
+    assert main(["pack", "model.safetensors"]) == 0
+    (code,) = blocks("python")[1:]
+    found: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), found)
+    assert set(found["tensors"]) == {"w", "b"} and found["rows"].shape == (9,)
 
 
 def test_recipes_parse() -> None:
@@ -50,6 +68,8 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("SMELT_CACHE", str(tmp_path / "cache"))
     short = (ROOT / "recipes" / "demo.yaml").read_text()
     (tmp_path / "short.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 1", short))
+    checkpoint(tmp_path)
+    checkpoint(tmp_path / "checkpoint")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("smelt ")]
     assert len(commands) >= 5
     for command in commands:

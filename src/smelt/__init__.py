@@ -34,8 +34,11 @@ from smelt.core.settings import setting as setting
 from smelt.core.shelf import register as register
 from smelt.core.source import Source as Source
 from smelt.data._read import open_data as open_data
+from smelt.formats._open import load_file as load_file
+from smelt.formats._open import open as open
+from smelt.formats.pack import pack as pack
+from smelt.formats.pack import unpack as unpack
 from smelt.formats.smelt import load as load
-from smelt.formats.smelt import open_file as open_file
 from smelt.formats.smelt import save as save
 from smelt.models._open import open_model as open_model
 from smelt.train.training import training as training

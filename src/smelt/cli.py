@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.text import Text
 
-from smelt import demo
+from smelt import _cli_pack, demo
+from smelt._cli_options import Parser, console, model_options, print_json
 from smelt.compress import compress
 from smelt.core import shelf
 from smelt.core.data import Data
-from smelt.core.errors import DataError, ModelError, OutputError, RecipeError, SmeltError
-from smelt.core.job import Job, check_device
+from smelt.core.errors import DataError, ModelError, OutputError, SmeltError
+from smelt.core.job import Job
 from smelt.core.method import Method
 from smelt.core.named import function_at
 from smelt.core.output import check_output
@@ -30,7 +29,7 @@ from smelt.core.store import store_of
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
 from smelt.measure import conditions, measure
-from smelt.measures.accuracy import METRICS, named
+from smelt.measures.accuracy import named
 from smelt.measures.bytes import checkpoint_bytes
 from smelt.models._open import PICKLES, open_model
 from smelt.reports import html, terminal
@@ -39,7 +38,6 @@ from smelt.reports._stages import times
 from smelt.version import __version__
 
 INTERRUPTED = 130
-MODEL = "a built-in name such as lenet or 'lenet(hidden=100)', module:function, or a .smelt file"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,9 +96,9 @@ def _compress(args: argparse.Namespace) -> None:
         html.write(result.report, args.report, title=f"{Path(args.model).name}, {recipe.name}", force=args.force)
     if args.json:
         plain = {"file": str(args.output), "bytes": size, "ratio": result.report.ratio(), **result.report.to_plain()}
-        _print_json(plain)
+        print_json(plain)
         return
-    out = _console()
+    out = console()
     out.print(terminal.stage_table(result.report, out.width))
     out.print(
         Text(f"\nwrote {' and '.join(map(str, outputs))}: {times(result.report.ratio())} smaller than the checkpoint")
@@ -125,9 +123,9 @@ def _measure(args: argparse.Namespace) -> None:
     checkpoint, under = checkpoint_bytes(source.module), conditions(rows, data, args.device)
     if args.json:
         found = {"model": args.model, "checkpoint": checkpoint, "ratio": checkpoint / rows[0].value}
-        _print_json({**found, "conditions": under, "rows": [asdict(row) for row in rows]})
+        print_json({**found, "conditions": under, "rows": [asdict(row) for row in rows]})
         return
-    out = _console()
+    out = console()
     out.print(terminal.measure_table(rows, args.model))
     out.print(terminal.conditions_line(under))
     if size is not None:
@@ -141,14 +139,17 @@ def _measure(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     found = smelt_file.show(args.file)
     if args.json:
-        _print_json(found)
+        print_json(found)
         return
-    out = _console()
+    out = console()
     call = ", ".join(f"{k}={v!r}" for k, v in found["arguments"].items())
+    built = f"{found['builder']}({call})" if found["builder"] else "nothing named; load it into a module"
+    if found["origin"]:
+        built = "no model: a packed checkpoint; see smelt unpack --help"
     lines = {
         "file": f"{found['file']}, format version {found['version']}",
         "bytes": f"{found['bytes']:,}: {found['leaf bytes']:,} of tensors, {found['meta bytes']:,} of everything else",
-        "built by": f"{found['builder']}({call})" if found["builder"] else "nothing named; load it into a module",
+        "built by": built,
         "activations": "; ".join(f"{codec} at the {at} of {path}" for path, at, codec in found["activations"]),
     }
     out.print(terminal.facts({k: v for k, v in lines.items() if v}))
@@ -175,9 +176,9 @@ def _methods(args: argparse.Namespace) -> None:
     else:
         found = {name: described(name, shelf.load("methods", name, Method)) for name in names}
     if args.json:
-        _print_json(found)
+        print_json(found)
         return
-    out = _console()
+    out = console()
     cards = {name: method["card"] for name, method in found.items()}
     if args.name not in found:
         out.print(terminal.methods_table(cards, out.width))
@@ -192,10 +193,10 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    console = _console(sys.stderr if args.json else sys.stdout)
-    report = demo.run(Path(args.out), seed=args.seed, force=args.force, console=console)
+    where = console(sys.stderr if args.json else sys.stdout)
+    report = demo.run(Path(args.out), seed=args.seed, force=args.force, console=where)
     if args.json:
-        _print_json({"ratio": report.ratio(), **report.to_plain()})
+        print_json({"ratio": report.ratio(), **report.to_plain()})
 
 
 def _is_file(spec: str) -> bool:
@@ -256,49 +257,14 @@ def _check_output(path: Path, force: bool) -> None:
         raise OutputError(f"{str(path)!r}: the folder {str(path.parent)!r} is not writable")
 
 
-def _device(text: str) -> str:
-    try:
-        check_device(text)
-    except ModelError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return number
-
-
-def _console(file: Any = None) -> Console:
-    """On stdout; where that is no terminal, wide enough for the tables."""
-    console = Console(file=file or sys.stdout, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 120
-    return console
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, default=str))
-
-
 def _say(text: str) -> None:
     print(f"smelt: {text}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **settings: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="smelt", description="Compress trained neural networks.", epilog=EXAMPLES["smelt"])
+    parser = Parser(prog="smelt", description="Compress trained neural networks.", epilog=EXAMPLES["smelt"])
     parser.add_argument("--version", action="version", version=f"smelt {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=Parser)
 
     def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text + ".", epilog=EXAMPLES[name])
@@ -308,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     c = verb("compress", _compress, "run a recipe on a trained model and write a .smelt file")
-    _model_options(c)
+    model_options(c)
     c.add_argument(
         "--recipe", required=True, metavar="FILE", help=f"a .yaml file, or one of ours: {', '.join(_recipes())}"
     )
@@ -321,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--no-cache", action="store_true", help="keep nothing; an interrupted run starts anew")
 
     m = verb("measure", _measure, "measure a model or a .smelt file")
-    _model_options(m)
+    model_options(m)
 
     s = verb("show", _show, "show what is in a .smelt file")
     s.add_argument("file", metavar="FILE.smelt")
@@ -337,21 +303,9 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--out", default=".", metavar="DIR", help="folder for the two files (default: here)")
     d.add_argument("--seed", type=int, default=0, help="of the split, the training and the recipe (default: 0)")
     d.add_argument("--force", action="store_true", help="replace files that exist")
+    for name, run in _cli_pack.VERBS.items():
+        _cli_pack.options(verb(name, run, _cli_pack.DOES[name]), name)
     return parser
-
-
-def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help=MODEL)
-    p.add_argument("--weights", metavar="FILE", help="a state dict: .pt, .pth, .th or .safetensors")
-    p.add_argument("--trust", action="store_true", help="run the function that a .smelt file names as its builder")
-    p.add_argument("--data", metavar="DATA", help="digits, a .npz file, a folder of images, or module:function")
-    p.add_argument("--batch-size", type=_positive, metavar="N", help="samples per batch")
-    p.add_argument("--image-size", type=_positive, metavar="N", help="pixels to which a folder's images are scaled")
-    p.add_argument("--metric", default="accuracy", help=f"{', '.join(METRICS)}, or module:function (default: accuracy)")
-    p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
-    p.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    p.add_argument("--threads", type=_positive, metavar="N", help="threads of the latency measurement")
-    p.add_argument("--no-latency", action="store_true", help="do not time forward passes")
 
 
 def _recipes() -> list[str]:
@@ -364,6 +318,7 @@ EXAMPLES = {
   smelt methods                                           # what there is, side by side
   smelt compress lenet --weights lenet.pt --data mnist.npz --recipe recipe.yaml -o lenet.smelt
   smelt measure lenet.smelt --data mnist.npz
+  smelt pack model.safetensors                            # smaller without loss; smelt unpack restores it
 
 exit codes: 0 done, 2 usage or recipe, 3 model, 4 data, 5 file, 6 output, 130 interrupted""",
     "compress": """examples:
@@ -389,6 +344,7 @@ Steps are kept in the cache: the same command goes on after an interruption, an 
     "demo": """examples:
   smelt demo
   smelt demo --out /tmp/demo --seed 3 --force""",
+    **_cli_pack.EXAMPLES,
 }
 
 

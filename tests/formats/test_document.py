@@ -1,15 +1,16 @@
 """docs/format.md says enough: a reader in plain Python, written from it alone."""
 
+import hashlib
 import json
 import math
 import struct
 import zlib
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from smelt.core.encoded import Encoded
@@ -18,6 +19,7 @@ from smelt.core.source import Source
 from smelt.core.store import store, store_of
 from smelt.core.target import targets
 from smelt.formats._container import DTYPES
+from smelt.formats.pack import pack
 from smelt.formats.smelt import save
 from smelt.forms.affine import Affine
 from smelt.forms.codebook import Codebook
@@ -34,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "affine": {"axis": None, "group": 0, "bits": 8, "symmetric": True},
     "sparse": {"packed": False, "gap": 0, "columns": False},
     "bits": {"bits": 1, "offset": 0},
+    "entropy": {"start": 0},
 }
 IN_LAYOUT = {"affine": ["codes"], "codebook": ["indices"], "sparse": ["mask", "values"]}
 Leaf = list[Any]
@@ -42,25 +45,28 @@ Leaf = list[Any]
 def read(data: bytes) -> tuple[Any, dict[str, Leaf]]:
     """(the meta, the elements of every tensor)"""
     magic, version, length, crc = struct.unpack("<6sHII", data[:16])
-    head = data[16 : 16 + length]
-    assert (magic, version, crc) == (b"\x8bsmelt", 1, zlib.crc32(data[:12] + head))
+    begin = len(data) - length if version >= 32768 else 16
+    head = data[begin : begin + length]
+    assert (magic, version % 32768, crc) == (b"\x8bsmelt", 1, zlib.crc32(data[:12] + head))
     inflate = zlib.decompressobj(-15, zdict=DICTIONARY)
     meta = json.loads(inflate.decompress(head))
     types: list[tuple[str, list[int]]] = []
-    trees = {name: parse(part, ("f32", []), types) for name, part in pairs(meta["tensors"])}
+    unsealed: set[int] = set()
+    trees = {name: parse(part, ("f32", []), types, unsealed) for name, part in pairs(meta["tensors"])}
     sizes = [math.prod(shape) * struct.calcsize(STRUCT[dtype]) for dtype, shape in types]
-    rest, at, leaves = inflate.unused_data, 16 + length, []
-    sums = struct.unpack(f"<{sum(size >= 256 for size in sizes)}I", rest[sum(size for size in sizes if size < 256) :])
-    check = iter(sums)
-    for (dtype, shape), size in zip(types, sizes, strict=True):
+    rest, at, leaves = inflate.unused_data, 16 if version >= 32768 else 16 + length, []
+    checked = [i for i, size in enumerate(sizes) if size >= 256 and i in unsealed]
+    sums = struct.unpack(f"<{len(checked)}I", rest[sum(size for size in sizes if size < 256) :])
+    check = dict(zip(checked, sums, strict=True))
+    for i, ((dtype, shape), size) in enumerate(zip(types, sizes, strict=True)):
         if size < 256:
             raw, rest = rest[:size], rest[size:]
         else:
             at += -at % 64 if size >= 4096 and not (dtype == "u8" and len(shape) == 1) else 0
             raw, at = data[at : at + size], at + size
-            assert zlib.crc32(raw) == next(check)
+            assert i not in check or zlib.crc32(raw) == check[i]
         leaves.append(list(struct.unpack(f"<{math.prod(shape)}{STRUCT[dtype]}", raw)))
-    assert at == len(data)
+    assert at == (begin if version >= 32768 else len(data))
     return meta, {name: dense(tree, leaves) for name, tree in trees.items()}
 
 
@@ -68,16 +74,23 @@ def pairs(items: list[Any]) -> list[tuple[str, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
-def parse(part: Any, above: tuple[str, list[int]], types: list[tuple[str, list[int]]]) -> dict[str, Any]:
+def parse(
+    part: Any, above: tuple[str, list[int]], types: list[tuple[str, list[int]]], unsealed: set[int], form: str = ""
+) -> dict[str, Any]:
+    """form: of the node above."""
     if isinstance(part, list) and len(part) > 1 and isinstance(part[1], dict):
         form, settings, kind, *rest = part
         own = relative(kind, above)
-        parts = {name: parse(inner, own, types) for name, inner in pairs(rest)}
+        parts = {name: parse(inner, own, types, unsealed, form) for name, inner in pairs(rest)}
         return {"form": form, **DEFAULTS.get(form, {}), **settings, "type": own, "parts": parts}
+    number = len(types)
     if isinstance(part, int) and part < 0:
-        return {"form": "leaf", "leaf": -1 - part}
-    types.append(relative(part, above))
-    return {"form": "leaf", "leaf": len(types) - 1}
+        number = -1 - part
+    else:
+        types.append(relative(part, above))
+    if form != "entropy":
+        unsealed.add(number)
+    return {"form": "leaf", "leaf": number}
 
 
 def relative(kind: Any, above: tuple[str, list[int]]) -> tuple[str, list[int]]:
@@ -117,8 +130,9 @@ def dense(node: dict[str, Any], leaves: list[Leaf]) -> Leaf:
             return list(struct.unpack(f"<{count}{STRUCT[dtype]}", bytes(parts["packed"])))
         bits, width = unpack_bits(parts["packed"]), node["bits"]
         return [node["offset"] + number(bits[i * width : (i + 1) * width]) for i in range(count)]
-    assert node["form"] == "huffman"
-    return huffman(bytes(parts["stream"]), dtype, count)
+    assert node["form"] == "entropy"
+    begin = node["start"]
+    return entropy(bytes(parts["stream"]), dtype, begin + count)[begin : begin + count]
 
 
 def float32(x: float) -> float:
@@ -159,50 +173,211 @@ def unpacked(node: dict[str, Any], leaves: list[Leaf]) -> dict[str, Any]:
     return {**node, "packed": False, "parts": parts}
 
 
-def huffman(stream: bytes, dtype: str, count: int) -> Leaf:
-    at, width, offset = 0, 1 if dtype == "bool" else struct.calcsize(STRUCT[dtype]), 0
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value, at = value | (data[at] & 127) << shift, at + 1
+        if data[at - 1] < 128:
+            return value, at
+        shift += 7
 
-    def take(n: int) -> bytes:
-        nonlocal at
-        at += n
-        return stream[at - n : at]
 
-    planes = []
-    size = -(-count // 8) if dtype == "bool" else count
-    for plane in range(width if count else 0):
-        kind = take(1)[0]
-        if kind >= 128 and plane == 0:
-            kind, offset = kind - 128, int.from_bytes(take(width), "little")
-        if kind < 2:
-            planes.append(take(size) if kind == 0 else take(1) * size)
+def entropy(data: bytes, dtype: str, count: int) -> Leaf:
+    flags, at = data[0], 1
+    width, chunk = 1 << (flags & 3), 20
+    assert width == struct.calcsize(STRUCT[dtype])
+    if not flags & 16:
+        count, at = varint(data, at)
+    ends = [len(data)]
+    if flags & 4:
+        chunk, chunks = data[at], -(-count >> data[at])
+        sizes = struct.unpack(f"<{chunks}I", data[at + 1 : at + 1 + 4 * chunks])
+        at += 1 + 4 * chunks
+        ends = [at + sum(sizes[: i + 1]) for i in range(chunks)]
+        assert not any(data[ends[-1] if ends else at :])
+    found: list[int] = []
+    for end in ends if count else []:
+        part = data[at:end]
+        if flags & 8:
+            (crc,) = struct.unpack("<I", part[:4])
+            part = part[4:]
+            assert zlib.crc32(part) == crc
+        found += body(part, min(1 << chunk, count - len(found)), width)
+        at = end
+    raw = b"".join(x.to_bytes(width, "little") for x in found)
+    return list(struct.unpack(f"<{count}{STRUCT[dtype]}", raw))
+
+
+def body(data: bytes, m: int, w: int) -> list[int]:
+    kind, data = data[0], data[1:]
+    if kind == 0:
+        assert len(data) == m * w
+        return [int.from_bytes(data[i * w : i * w + w], "little") for i in range(m)]
+    if kind == 1:
+        return [int.from_bytes(data, "little")] * m
+    if kind == 2:
+        return split(data, m, w)
+    if kind == 3:
+        planes = []
+        for plane in range(w):
+            length, at = varint(data, 0) if plane < w - 1 else (len(data), 0)
+            planes.append(body(data[at : at + length], m, 1))
+            data = data[at + length :]
+        return [sum(plane[i] << 8 * p for p, plane in enumerate(planes)) for i in range(m)]
+    if kind in (4, 7):
+        return [x << (4 * w if kind == 4 else 0) for x in body(data, m, w // 2)]
+    if kind == 5:
+        halves = [x.to_bytes(2, "little") for x in body(data, m, 2)]
+        return [int.from_bytes(struct.pack("<f", struct.unpack("<e", half)[0]), "little") for half in halves]
+    if kind == 6:
+        offset = int.from_bytes(data[:w], "little")
+        return [(x + offset) % (1 << 8 * w) for x in body(data[w:], m, w)]
+    if kind == 8:
+        return unpack_bits(body(data, -(-m // 8), 1))[:m]
+    if kind == 9:
+        nibbles = body(data, 2 * m, 1)
+        return [low + 16 * high for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)]
+    if kind == 11:
+        length, at = varint(data, 0)
+        mask = body(data[at : at + length], m, 1)
+        values = iter(body(data[at + length :], sum(mask), w) if any(mask) else [])
+        return [next(values) if one else 0 for one in mask]
+    assert kind == 10 and w == 1
+    return symbols(data, m)
+
+
+def split(data: bytes, m: int, w: int) -> list[int]:
+    r, rotated, at = data[0] & 63, data[0] >> 6, 1
+    rest, shift = [0] * m, 0
+    for c in (32, 16, 8, 4, 2, 1):
+        if not r & c:
             continue
-        first = take(1)[0] if kind == 3 else 0
-        n = take(1)[0] + 1
-        symbols = take(n) if kind == 4 else [(first + i) % 256 for i in range(n)]
-        nibbles = [half for byte in take(-(-n // 2)) for half in (byte >> 4, byte & 15)]
-        words: dict[tuple[int, int], int] = {}
-        word = before = 0
-        for length, symbol in sorted((length, s) for length, s in zip(nibbles, symbols, strict=False) if length):
-            word = (word + 1) << length - before if words else 0
-            words[length, word], before = symbol, length
-        take(2 * (-(-size // 4096) - 1))
-        bits, found, used = iter(unpack_bits(stream[at:])), bytearray(), 0
-        for _ in range(size):
+        if c >= 8:
+            for j in range(m):
+                rest[j] |= int.from_bytes(data[at + j * c // 8 : at + (j + 1) * c // 8], "little") << shift
+            at += m * c // 8
+        else:
+            for begin in range(0, m, 128):
+                b = min(128, m - begin)
+                t = -(-b * c // 8)
+                for j in range(b):
+                    rest[begin + j] |= (data[at + j % t] >> c * (j // t) & (1 << c) - 1) << shift
+                at += t
+        shift += c
+    words = [s << r | x for s, x in zip(symbols(data[at:], m), rest, strict=True)]
+    return [x >> 1 | (x & 1) << 8 * w - 1 for x in words] if rotated else words
+
+
+def symbols(data: bytes, m: int) -> list[int]:
+    return rans(data, m) if data[0] >> 4 == 1 else huffman(data, m)
+
+
+def huffman(data: bytes, m: int) -> list[int]:
+    segments, listed, at = (1, 4, 8)[data[0] & 3], data[0] & 4, 1
+    first = 0 if listed else data[at]
+    at += not listed
+    number = data[at] + 1
+    at += 1
+    values = list(data[at : at + number]) if listed else list(range(first, first + number))
+    at += number if listed else 0
+    nibbles = [half for byte in data[at : at + -(-number // 2)] for half in (byte >> 4, byte & 15)]
+    at += -(-number // 2)
+    words: dict[tuple[int, int], int] = {}
+    word = before = 0
+    for length, symbol in sorted((n, s) for n, s in zip(nibbles, values, strict=False) if n):
+        word = (word + 1) << length - before if words else 0
+        words[length, word], before = symbol, length
+    sizes = []
+    for _ in range(segments - 1):
+        size, at = varint(data, at)
+        sizes.append(size)
+    each, found = -(-m // segments), []
+    for i in range(segments):
+        part = data[at : at + sizes[i]] if i < segments - 1 else data[at:]
+        at += len(part)
+        bits = iter([byte >> j & 1 for byte in part for j in range(8)])
+        for _ in range(max(0, min(each, m - i * each))):
             word = length = 0
             while (length, word) not in words:
                 word, length = word << 1 | next(bits), length + 1
             found.append(words[length, word])
-            used += length
-        take(-(-used // 8))
-        planes.append(bytes(found))
-    assert not any(stream[at:])
-    if dtype == "bool":
-        return [bool(bit) for bit in islice(unpack_bits(b"".join(planes)), count)]
-    top = 8 * width
-    raw = [sum(plane[i] << 8 * p for p, plane in enumerate(planes)) + offset & (1 << top) - 1 for i in range(count)]
-    if dtype in ("f16", "f32", "f64"):
-        raw = [word >> 1 | (word & 1) << top - 1 for word in raw]
-    return list(struct.unpack(f"<{count}{STRUCT[dtype]}", b"".join(word.to_bytes(width, "little") for word in raw)))
+        left = list(bits)
+        assert len(left) < 8 and not any(left)
+    return found
+
+
+def rans(data: bytes, m: int) -> list[int]:
+    k, escapes, several = (16, 32, 256)[data[0] & 3], data[0] & 4, data[0] & 8
+    lanes, listed, precision = 1 << (data[1] & 7), data[1] & 8, data[1] >> 4
+    entries, at = data[2] + 1, 3
+    own = entries - bool(escapes)
+    values = list(data[at : at + own]) if listed else [data[at] + i for i in range(own)]
+    at += own if listed else 1
+    tables = 1
+    if several:
+        tables, at = data[at] + 1, at + 1
+    bits, used = unpack_bits(data[at:]), 0
+
+    def take(n: int) -> int:
+        nonlocal used
+        used += n
+        return number(bits[used - n : used])
+
+    def gamma() -> int:
+        zeros = bits.index(1, used) - used
+        take(zeros)
+        return take(zeros + 1)
+
+    made = []
+    for _ in range(tables):
+        units = [gamma() - 1 for _ in range(entries - 1)]
+        units.append((1 << precision) - sum(units))
+        made.append(slots([f << 16 - precision for f in units], k))
+    classes = [take((tables - 1).bit_length()) for _ in range(-(-m // 1024))] if several else []
+    assert not any(bits[used : -(-used // 8) * 8])
+    at += -(-used // 8)
+    strange, position = {}, 0
+    if escapes:
+        count, at = varint(data, at)
+        for _ in range(count):
+            gap, at = varint(data, at)
+            position += gap
+            strange[position], at = data[at], at + 1
+    states = list(struct.unpack(f"<{lanes}I", data[at : at + 4 * lanes]))
+    words = iter(struct.unpack(f"<{(len(data) - at) // 2 - 2 * lanes}H", data[at + 4 * lanes :]))
+    found = []
+    for i in range(-(-m // lanes) * lanes):
+        entry, frequency, rank = made[classes[i // 1024] if several else 0][states[i % lanes] % 65536]
+        x = frequency * (states[i % lanes] // 65536) + rank
+        states[i % lanes] = x * 65536 + next(words) if x < 65536 else x
+        found.append(strange.get(i, 0) if escapes and entry == own else values[entry])
+    assert set(states) == {65536} and next(words, None) is None
+    return found[:m]
+
+
+def slots(frequencies: list[int], k: int) -> list[tuple[int, int, int]]:
+    """Of every slot: its entry, the entry's frequency, the rank."""
+    whole = 65536 // k
+    rest = frequencies + [0] * (k - len(frequencies))
+    frequencies = list(rest)
+    below, other = [whole] * k, list(range(k))
+    small, large = [i for i in range(k) if rest[i] < whole], [i for i in range(k) if rest[i] >= whole]
+    while small and large:
+        s, top = small.pop(), large[-1]
+        below[s], other[s] = rest[s], top
+        rest[top] -= whole - rest[s]
+        if rest[top] < whole:
+            small.append(large.pop())
+    offset, found = list(below), [(0, 0, 0)] * 65536
+    for b in range(k):
+        for position in range(whole):
+            alias = position >= below[b]
+            entry = other[b] if alias else b
+            rank = position - below[b] + offset[entry] if alias else position
+            found[position * k + b] = (entry, frequencies[entry], rank)
+        if below[b] < whole:
+            offset[other[b]] += whole - below[b]
+    return found
 
 
 def model() -> nn.Module:
@@ -235,7 +410,7 @@ def model() -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("tail", [(), ("code.bits",), ("code.huffman",), ("code.bits", "code.huffman")])
+@pytest.mark.parametrize("tail", [(), ("code.bits",), ("code.huffman",), ("code.bits", "code.entropy")])
 def test_a_reader_written_from_the_document(tmp_path: Path, tail: tuple[str, ...]) -> None:
     made = model()
     save(made, tmp_path / "x", tail=[make(name) for name in tail])
@@ -243,6 +418,23 @@ def test_a_reader_written_from_the_document(tmp_path: Path, tail: tuple[str, ...
     assert list(tensors) == [t.name for t in targets(made)]
     for target in targets(made):
         assert tensors[target.name] == target.tensor.reshape(-1).tolist(), target
+
+
+def test_a_packed_checkpoint(tmp_path: Path) -> None:
+    tensors = {f"b{i}": torch.arange(40.0) + i for i in range(9)}
+    tensors |= {"w": torch.randn(30, 30), "n": torch.randint(0, 256, (70, 80), dtype=torch.uint8), "s": torch.tensor(7)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"of": "x"})
+    pack(tmp_path / "x.safetensors")
+    original = (tmp_path / "x.safetensors").read_bytes()
+    meta, found = read((tmp_path / "x.smelt").read_bytes())
+    origin, data = meta["origin"], b""
+    header = json.loads(origin["header"])
+    del header["__metadata__"]
+    assert list(found) == sorted(header, key=lambda name: header[name]["data_offsets"])
+    for name, values in found.items():
+        data += struct.pack(f"<{len(values)}{STRUCT[header[name]['dtype'].lower()]}", *values)
+    assert struct.pack("<Q", len(origin["header"])) + origin["header"].encode() + data == original
+    assert (origin["bytes"], origin["sha256"]) == (len(original), hashlib.sha256(original).hexdigest())
 
 
 def test_the_example(tmp_path: Path) -> None:

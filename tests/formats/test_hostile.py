@@ -27,7 +27,8 @@ from smelt.core.store import Activation, apply_edits, store, store_of
 from smelt.core.target import targets
 from smelt.formats import _container as container
 from smelt.formats._container import HEADER, MAGIC, SMALL, Container, Slot, write
-from smelt.formats.smelt import load, open_file, save, show
+from smelt.formats._file import File
+from smelt.formats.smelt import load, save, show
 from smelt.forms.affine import Affine
 from smelt.forms.codebook import Codebook
 from smelt.forms.sparse import Sparse
@@ -87,7 +88,7 @@ def content(path: Path) -> Any:
     model = load(path, into=build())
     held = store_of(model)
     shown = {k: v for k, v in show(path).items() if k != "file"}
-    with open_file(path) as file:
+    with File(path) as file:
         file.verify()
         dense = {name: plain(file.tensor(name)) for name in file.names()}
     states = [(a.path, a.at, a.codec, {k: plain(v) for k, v in a.state.state_dict().items()}) for a in held.activations]
@@ -112,11 +113,11 @@ def test_every_truncation_is_noticed(good: Path, tmp_path: Path) -> None:
     for more in (b"\0", data):
         path.write_bytes(data + more)
         with pytest.raises(FileError, match="damaged"):
-            open_file(path)
+            File(path)
     for size in reversed(range(len(data))):
         os.truncate(path, size)
         with pytest.raises(FileError, match=r"damaged|no \.smelt file"):
-            open_file(path)
+            File(path)
 
 
 def flip(path: Path, at: int, bit: int) -> None:
@@ -134,7 +135,7 @@ def test_every_flipped_bit_of_the_head_is_noticed(good: Path, tmp_path: Path) ->
         for bit in range(8):
             flip(path, at, bit)
             with pytest.raises(FileError, match=r"damaged|no \.smelt file|newer"):
-                open_file(path)
+                File(path)
             flip(path, at, bit)
     assert path.read_bytes() == good.read_bytes()
 
@@ -155,7 +156,7 @@ def test_foreign_and_newer_files(good: Path, tmp_path: Path) -> None:
     for data in (b"", b"PK\x03\x04" + bytes(100), b"{}", bytes(16), MAGIC[1:] + bytes(30)):
         path.write_bytes(data)
         with pytest.raises(FileError, match=r"x': no \.smelt file"):
-            open_file(path)
+            File(path)
     data = bytearray(good.read_bytes())
     data[6:8] = struct.pack("<H", 2)
     path.write_bytes(data)
@@ -163,7 +164,7 @@ def test_foreign_and_newer_files(good: Path, tmp_path: Path) -> None:
         load(path)
     for missing in (tmp_path / "no", tmp_path):
         with pytest.raises(FileError, match="no such file"):
-            open_file(missing)
+            File(missing)
 
 
 def forge(path: Path, meta: Any, rest: bytes, behind: bytes = b"") -> Path:
@@ -181,7 +182,7 @@ def parts(path: Path) -> tuple[Any, bytes, bytes]:
     return opened.meta, data[opened._small_at : opened._large_at], data[opened._large_at :]
 
 
-JUNK = [None, 0, -1, 1, 7, -99, 300, 1 << 40, 1 << 62, 0.5, True, "", "x", "f64", "u8", "huffman", "sparse", "../x"]
+JUNK = [None, 0, -1, 1, 7, -99, 300, 1 << 40, 1 << 62, 0.5, True, "", "x", "f64", "u8", "entropy", "sparse", "../x"]
 JUNK += [[], {}, [1], ["f32"], ["u8", 3, 0], {"packed": True}, {"gap": 15}, {"bits": {"ramp": [0, 1]}}]
 JUNK += [["tiny", {}, None], ["bits", {}, 9, "packed", 2], ["keep", "0.weight", 0, "0-16777215"]]
 JUNK += [["replace", "0", "chain", {"layers": []}]]
@@ -227,7 +228,7 @@ BYTES = torch.zeros(3, dtype=torch.uint8)
     [
         (["nothing", {}, [3], "x", 3], [BYTES], "no form 'nothing'"),
         (["tiny", {}, [3], "x", 3], [BYTES], "form 'tiny' is of version '1', this smelt has version 2"),
-        (["huffman@7", {}, [3], "stream", 3], [BYTES], "form 'huffman' is of version '7', this smelt has version 1"),
+        (["entropy@7", {}, [3], "stream", 3], [BYTES], "form 'entropy' is of version '7', this smelt has version 1"),
         (["tiny@2", {"factr": 1}, [3], "x", 3], [BYTES], "no setting 'factr'; did you mean 'factor'"),
         (["tiny@2", {"factor": "1"}, [3], "x", 3], [BYTES], "factor"),
         (["tiny@2", {"factor": {"ramp": [0, 1]}}, [3], "x", 3], [BYTES], "a setting that moves"),
@@ -253,7 +254,7 @@ BYTES = torch.zeros(3, dtype=torch.uint8)
     ],
 )
 def test_claims_are_judged(tmp_path: Path, node: Any, leaves: list[Tensor], message: str) -> None:
-    with pytest.raises(FileError, match=message), open_file(only(tmp_path, node, leaves)) as file:
+    with pytest.raises(FileError, match=message), File(only(tmp_path, node, leaves)) as file:
         file.tensor("w")
 
 
@@ -281,7 +282,7 @@ def test_claims_are_judged(tmp_path: Path, node: Any, leaves: list[Tensor], mess
 def test_meta_is_judged(tmp_path: Path, meta: Any, message: str) -> None:
     start = time.monotonic()
     with pytest.raises(FileError, match=message):
-        open_file(forge(tmp_path / "x", meta, b""))
+        File(forge(tmp_path / "x", meta, b""))
     assert time.monotonic() - start < 2
 
 
@@ -335,7 +336,7 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
     path.write_bytes(start + struct.pack("<I", zlib.crc32(head, zlib.crc32(start))) + head)
     tracemalloc.start()
     with pytest.raises(FileError, match="implausibly large"):
-        open_file(path)
+        File(path)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
 
@@ -343,7 +344,7 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
 def test_what_packs_too_well_can_still_be_read(tmp_path: Path) -> None:
     report = ["x" * 2_000_000]
     save(Holder({"w": torch.zeros(3)}), tmp_path / "x", report=report)
-    assert open_file(tmp_path / "x").report == report
+    assert File(tmp_path / "x").report == report
 
 
 def test_the_deepest_meta_that_is_written_can_be_read(tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_the_deepest_meta_that_is_written_can_be_read(tmp_path: Path) -> None:
     for _ in range(31):
         deep = [deep]
     save(Holder({}), tmp_path / "x", report=deep)
-    assert open_file(tmp_path / "x").report == deep
+    assert File(tmp_path / "x").report == deep
     with pytest.raises(ValueError, match="nested deeper than 32"):
         save(Holder({}), tmp_path / "y", report=[deep])
 
@@ -362,7 +363,7 @@ def test_truth_values_are_checked(tmp_path: Path) -> None:
     meta, rest, _ = parts(path)
     forged = bytes([2]) * 300
     rest = rest[:-4] + struct.pack("<I", zlib.crc32(forged))
-    with pytest.raises(FileError, match="truth values"), open_file(forge(path, meta, rest, forged)) as file:
+    with pytest.raises(FileError, match="truth values"), File(forge(path, meta, rest, forged)) as file:
         file.tensor("w")
 
 

@@ -15,7 +15,8 @@ from smelt.core.errors import ModelError, OutputError
 from smelt.core.method import make
 from smelt.core.store import Entry, store, store_of
 from smelt.core.target import targets
-from smelt.formats.smelt import open_file, save
+from smelt.formats._file import File
+from smelt.formats.smelt import save
 from smelt.forms.affine import Affine
 from tests.formats.holder import Holder
 from tests.formats.tiny import Tiny
@@ -100,7 +101,7 @@ def test_existing_and_unwritable_paths(tmp_path: Path) -> None:
 def test_an_open_file_may_be_replaced(tmp_path: Path) -> None:
     x = torch.randn(100, 100)
     save(Holder({"w": x}), path := tmp_path / "a", tail=())
-    with open_file(path) as file:
+    with File(path) as file:
         w = file.tensor("w")
         save(Holder({"w": torch.zeros(1)}), path, force=True)
         assert torch.equal(w, x) and torch.equal(file.tensor("w"), x)

@@ -50,7 +50,7 @@ def test_bodies_are_of_the_expected_kinds() -> None:
         "f32": portable.SPLIT,
         "f32 of bf16": portable.UPPER,
         "f32 of f16": portable.HALF,
-        "f32 special": portable.PLANES,
+        "f32 special": portable.NONZERO,
         "f16": portable.SPLIT,
         "f64": portable.PLANES,
         "f64 of f32": portable.PLANES,

@@ -33,6 +33,9 @@ class Form(ABC):
     stands above them in the tree, their masked entries are dropped at rest.
     """
 
+    sealed: ClassVar[bool] = False
+    """Whether its leaves carry checksums of their own; a file adds none."""
+
     version: ClassVar[int] = 1
     values: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[tuple[str, ...]] = ()

@@ -48,23 +48,36 @@ def replacing(path: Path, force: bool, total: int) -> Iterator[BinaryIO]:
     _check_space(path, total)
     temporary = path.parent / f".smelt-{secrets.token_hex(6)}.part"
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check_output(path, force)
-        os.replace(temporary, path)
-        with suppress(OSError):  # folders cannot be synced everywhere
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with explained(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            put(temporary, path, force)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put(temporary: Path, path: Path, force: bool) -> None:
+    """Let a finished file beside `path` become `path`."""
+    check_output(path, force)
+    os.replace(temporary, path)
+    with suppress(OSError):  # folders cannot be synced everywhere
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What goes wrong within while `path` is written is an OutputError that names it."""
+    try:
+        yield
     except OutputError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{str(path)!r}: no space is left for its {total} bytes") from error
+            raise OutputError(f"{str(path)!r}: no space is left for it") from error
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

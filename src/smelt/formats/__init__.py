@@ -1,1 +1,1 @@
-"""Files: one file per format, named by its path, with `save` and, where the format can be read again, `load`."""
+"""Files: one file per format, named by its path, with what writes it and, where it can be read again, what reads it."""

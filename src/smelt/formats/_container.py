@@ -1,8 +1,10 @@
 """The bytes of a `.smelt` file; what they mean is in smelt.py, and all of it byte for byte in docs/format.md.
 
 0   magic, version, length of the head, CRC-32 of all that with the head       16 bytes
-16  head: the meta (JSON, deflated), the small leaves, a CRC-32 of each other leaf
+16  head: the meta (JSON, deflated), the small leaves, a CRC-32 of each other leaf that is not sealed
 ..  the other leaves
+
+A file that is written as it comes (_growing.py) has the other leaves first, and the head at its end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from torch import Tensor
 from smelt.core.errors import FileError, ModelError
 from smelt.core.output import check_output, replacing
 from smelt.formats._words import WORDS
+from smelt.native import crc32
 
 MAGIC = b"\x8bsmelt"
 VERSION = 1
+AT_END = 1 << 15  # added to the version where the head is at the end
 HEADER = struct.Struct("<6sHII")
 SMALL = 256  # leaves of fewer bytes lie in the head
 ALIGNED_FROM, ALIGNMENT = 4096, 64
@@ -80,18 +84,31 @@ def layout(slots: Sequence[Slot], small_at: int, large_at: int) -> tuple[list[in
             offsets.append(small_at)
             small_at += slot.nbytes
         else:
-            large_at += -large_at % ALIGNMENT if slot.aligned else 0
+            large_at = begin(slot, large_at)
             offsets.append(large_at)
             large_at += slot.nbytes
     return offsets, large_at
 
 
-def write(path: Path, meta: Mapping[str, Any], leaves: Sequence[Tensor], *, force: bool = False) -> int:
+def begin(slot: Slot, at: int) -> int:
+    """Where a large leaf begins if the one before it ends at `at`."""
+    return at + (-at % ALIGNMENT if slot.aligned else 0)
+
+
+def write(
+    path: Path,
+    meta: Mapping[str, Any],
+    leaves: Sequence[Tensor],
+    *,
+    sealed: Collection[int] = (),
+    force: bool = False,
+) -> int:
     """Write a file, complete or not at all; returns its bytes.
 
     Args:
         meta: plain data.
         leaves: dense tensors on the CPU.
+        sealed: numbers of the leaves that need no checksum.
         force: replace an existing file.
 
     Raises:
@@ -101,22 +118,30 @@ def write(path: Path, meta: Mapping[str, Any], leaves: Sequence[Tensor], *, forc
     check_output(path, force)
     blobs = [to_bytes(leaf) for leaf in leaves]
     slots = [Slot(leaf.dtype, tuple(leaf.shape)) for leaf in leaves]
-    small = [blob for blob in blobs if len(blob) < SMALL]
-    large = [blob for blob in blobs if len(blob) >= SMALL]
-    packed = deflate(to_json(meta), sum(map(len, small)) + 4 * len(large))
-    head = b"".join([packed, *small, *(struct.pack("<I", zlib.crc32(blob)) for blob in large)])
-    start = HEADER.pack(MAGIC, VERSION, len(head), 0)[:-4]
-    start += struct.pack("<I", zlib.crc32(head, zlib.crc32(start))) + head
-    offsets, total = layout(slots, HEADER.size + len(packed), len(start))
+    sums = [crc32(blob) for i, blob in enumerate(blobs) if len(blob) >= SMALL and i not in sealed]
+    head = make_head(meta, [blob for blob in blobs if len(blob) < SMALL], sums)
+    offsets, total = layout(slots, 0, HEADER.size + len(head))
     with replacing(path, force, total) as file:
-        file.write(start)
-        at = len(start)
+        file.write(header_of(head, VERSION) + head)
+        at = HEADER.size + len(head)
         for slot, offset, blob in zip(slots, offsets, blobs, strict=True):
             if slot.nbytes >= SMALL:
                 file.write(bytes(offset - at))
                 file.write(blob)
                 at = offset + len(blob)
     return total
+
+
+def make_head(meta: Mapping[str, Any], small: Iterable[bytes | memoryview], sums: Sequence[int]) -> bytes:
+    """The head of plain data, the small leaves, and the checksums of the large ones that are not sealed."""
+    rest = b"".join([*small, struct.pack(f"<{len(sums)}I", *sums)])
+    return deflate(to_json(meta), len(rest)) + rest
+
+
+def header_of(head: bytes, version: int) -> bytes:
+    """The first bytes of a file with this head."""
+    start = HEADER.pack(MAGIC, version, len(head), 0)[:-4]
+    return start + struct.pack("<I", zlib.crc32(head, zlib.crc32(start)))
 
 
 def to_bytes(leaf: Tensor) -> memoryview:
@@ -247,14 +272,17 @@ class Container:
         except (OSError, ValueError) as error:
             raise FileError(f"{str(path)!r} cannot be read: {error}") from error
         self.nbytes = len(self._map)
-        self.version: int
-        _, self.version, length, crc = HEADER.unpack(start)
+        _, version, length, crc = HEADER.unpack(start)
+        self.version: int = version % AT_END
         if self.version > VERSION:
             raise self.error(f"written by a newer smelt: format version {self.version}, this one reads up to {VERSION}")
-        self._large_at = HEADER.size + length
-        if self.version < 1 or self._large_at > self.nbytes:
+        head_at = self.nbytes - length if version & AT_END else HEADER.size
+        self._head_end = head_at + length
+        self._large_at = HEADER.size if version & AT_END else self._head_end
+        self._large_end = head_at if version & AT_END else self.nbytes
+        if self.version < 1 or not HEADER.size <= head_at <= self._head_end <= self.nbytes:
             raise self.error("damaged: its header is wrong or it is cut off")
-        head = bytes(self._map[HEADER.size : self._large_at])
+        head = bytes(self._map[head_at : self._head_end])
         if zlib.crc32(head, zlib.crc32(start[:-4])) != crc:
             raise self.error("damaged: the checksum of its head is wrong")
         try:
@@ -262,7 +290,7 @@ class Container:
             self.meta: Any = from_json(text)
         except (ValueError, RecursionError) as error:
             raise self.error(f"damaged: {error}") from None
-        self._small_at = self._large_at - len(rest)
+        self._small_at = self._head_end - len(rest)
         self._slots: list[Slot] = []
         self._offsets: list[int] = []
         self._sums: dict[int, int] = {}
@@ -274,18 +302,33 @@ class Container:
         """Let go of the map; tensors on it keep it."""
         self._map = memoryview(b"")
 
-    def place(self, slots: Sequence[Slot]) -> None:
-        """Say what the leaves are.  Raises FileError unless they fill the file exactly."""
+    def place(self, slots: Sequence[Slot], sealed: Collection[int] = ()) -> None:
+        """Say what the leaves are, and which need no checksum.  Raises FileError unless they fill the file exactly."""
         sizes = [slot.nbytes for slot in slots]
-        large = [i for i, size in enumerate(sizes) if size >= SMALL]
-        in_head = sum(sizes) - sum(sizes[i] for i in large) + 4 * len(large)
+        small = sum(size for size in sizes if size < SMALL)
+        checked = [i for i, size in enumerate(sizes) if size >= SMALL and i not in sealed]
         self._slots = list(slots)
         self._offsets, end = layout(slots, self._small_at, self._large_at)
-        if self._large_at - self._small_at != in_head or end != self.nbytes:
-            raise FileError(f"its leaves would end at byte {end}, and it has {self.nbytes}")
-        at = self._large_at - 4 * len(large)
-        sums = struct.unpack(f"<{len(large)}I", self._map[at : self._large_at])
-        self._sums = dict(zip(large, sums, strict=True))
+        if self._head_end - self._small_at != small + 4 * len(checked) or end != self._large_end:
+            raise FileError(f"its leaves would end at byte {end} instead of {self._large_end}, or its head elsewhere")
+        sums = struct.unpack(f"<{len(checked)}I", self._map[self._small_at + small : self._head_end])
+        self._sums = dict(zip(checked, sums, strict=True))
+
+    def pieces(self, i: int, size: int) -> Iterator[memoryview]:
+        """The bytes of leaf `i`, `size` at a time, each then released; its checksum is checked at the end."""
+        begin, end, crc = self._offsets[i], self._offsets[i] + self._slots[i].nbytes, 0
+        for at in range(begin, end, size):
+            piece = self._map[at : min(at + size, end)]
+            crc = crc32(piece, crc) if i in self._sums else 0
+            yield piece
+            self.release(i)
+        self._check(i, crc)
+
+    def _check(self, i: int, crc: int) -> None:
+        if self._sums.get(i, crc) != crc:
+            begin = self._offsets[i]
+            raise FileError(f"the checksum of leaf {i} is wrong (bytes {begin} to {begin + self._slots[i].nbytes})")
+        self._sums.pop(i, None)
 
     def leaf(self, i: int, *, own: bool = False) -> Tensor:
         """Leaf `i`, its checksum checked at the first time.
@@ -296,19 +339,23 @@ class Container:
         slot, offset = self._slots[i], self._offsets[i]
         data: Any = self._map[offset : offset + slot.nbytes]
         if i in self._sums:
-            if zlib.crc32(data) != self._sums[i]:
-                raise FileError(f"the checksum of leaf {i} is wrong (bytes {offset} to {offset + slot.nbytes})")
-            del self._sums[i]
+            self._check(i, crc32(data))
         if not slot.nbytes:
             return torch.empty(slot.shape, dtype=slot.dtype)
         if own or offset % slot.dtype.itemsize:
             data = bytearray(data)
         flat = torch.frombuffer(data, dtype=torch.uint8)
-        if slot.dtype == torch.bool and bool((flat > 1).any()):
+        if slot.dtype == torch.bool and int(flat.max()) > 1:
             raise FileError(f"leaf {i} holds truth values other than 0 and 1")
         return _swapped(flat, slot.dtype).view(slot.dtype).reshape(slot.shape)
 
+    def release(self, i: int) -> None:
+        """Let go of the memory that leaf `i` of the map takes, and of whatever was written to it there."""
+        if hasattr(mmap, "MADV_DONTNEED") and self._slots[i].nbytes >= SMALL:
+            first = self._offsets[i] // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.obj.madvise(mmap.MADV_DONTNEED, first, self._offsets[i] + self._slots[i].nbytes - first)  # type: ignore[attr-defined]
+
     def verify(self) -> None:
-        """Check every leaf that was not read yet.  Raises FileError for the first damaged one."""
+        """Check every leaf with a checksum that was not read yet.  Raises FileError for the first damaged one."""
         for i in list(self._sums):
             self.leaf(i)

@@ -38,6 +38,15 @@ class Node:
         for part in self.parts.values():
             yield from part.leaves() if isinstance(part, Node) else (part,)
 
+    def forms(self) -> Iterator[str]:
+        yield self.form.name
+        for part in self.parts.values():
+            yield from part.forms() if isinstance(part, Node) else ()
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}: {p}" for k, p in self.parts.items() if isinstance(p, Node))
+        return self.form.name + (f"({inner})" if inner else "")
+
 
 class Writer:
     """Turns trees to plain data and numbers their leaves; a leaf met again is referred to."""
@@ -45,19 +54,29 @@ class Writer:
     def __init__(self) -> None:
         self.leaves: list[Tensor] = []
         self._known: dict[int, int] = {}
+        self._open: set[int] = set()
 
-    def part(self, part: Tensor | Encoded, above: Slot = ROOT) -> Any:
+    @property
+    def sealed(self) -> set[int]:
+        """Numbers of the leaves that carry checksums of their own wherever they stand."""
+        return set(range(len(self.leaves))) - self._open
+
+    def part(self, part: Tensor | Encoded, above: Slot = ROOT, sealed: bool = False) -> Any:
         slot = Slot(part.dtype, tuple(part.shape))
         if isinstance(part, Encoded):
             name = part.form.name
             _check_on_shelf("forms", name, part.form, Form)
             if part.form.version != 1:
                 name += f"@{part.form.version}"
-            pieces = [x for key, inner in part.parts.items() for x in (key, self.part(inner, slot))]
+            kept = part.form.sealed
+            pieces = [x for key, inner in part.parts.items() for x in (key, self.part(inner, slot, kept))]
             return [name, settings_of(part.form), _type(slot, above), *pieces]
-        if id(part) in self._known:
-            return -1 - self._known[id(part)]
-        self._known[id(part)] = len(self.leaves)
+        known = id(part) in self._known
+        number = self._known.setdefault(id(part), len(self.leaves))
+        if not sealed:
+            self._open.add(number)
+        if known:
+            return -1 - number
         self.leaves.append(part)
         return _type(slot, above)
 
@@ -138,8 +157,14 @@ class Reader:
         self.nodes: dict[Any, Node] = {}
         self.shared: set[Node] = set()
         self._forms: dict[tuple[str, str], Form] = {}
+        self._open: set[int] = set()
 
-    def part(self, data: Any, above: Slot = ROOT) -> Node | int:
+    @property
+    def sealed(self) -> set[int]:
+        """See `Writer.sealed`."""
+        return set(range(len(self.slots))) - self._open
+
+    def part(self, data: Any, above: Slot = ROOT, sealed: bool = False) -> Node | int:
         """A node, or the number of a leaf."""
         if isinstance(data, list) and len(data) > 1 and isinstance(data[1], dict):
             return self._node(data, above)
@@ -147,10 +172,14 @@ class Reader:
             if -data > len(self.slots):
                 raise FileError(f"a reference to leaf {-1 - data}, which is not yet there")
             self.uses[-1 - data] += 1
-            return -1 - data
-        self.slots.append(read_type(data, above))
-        self.uses.append(1)
-        return len(self.slots) - 1
+            number = -1 - data
+        else:
+            self.slots.append(read_type(data, above))
+            self.uses.append(1)
+            number = len(self.slots) - 1
+        if not sealed:
+            self._open.add(number)
+        return number
 
     def _node(self, data: list[Any], above: Slot) -> Node:
         if len(data) < 3:
@@ -161,7 +190,7 @@ class Reader:
         spelt = (name, json.dumps(settings))
         form = self._forms[spelt] = self._forms.get(spelt) or _form(name, settings)
         slot = read_type(kind, above)
-        parts = {key: self.part(piece, slot) for key, piece in pairs(pieces).items()}
+        parts = {key: self.part(piece, slot, form.sealed) for key, piece in pairs(pieces).items()}
         same = tuple((k, id(part) if isinstance(part, Node) else part) for k, part in parts.items())
         key = (*spelt, slot, same)
         if key in self.nodes:

@@ -2,7 +2,7 @@
 
     save(model, "net.smelt")
     model = load("net.smelt")
-    with open_file("net.smelt") as file:
+    with File("net.smelt") as file:
         file.encoded("fc1.weight")
 
 No code is in a file and none of it is run: a module comes from a builder on the shelf `models/`, from the caller
@@ -30,11 +30,11 @@ from smelt.core.output import check_output
 from smelt.core.source import Source
 from smelt.core.store import Entry, Store, check_fresh, pack, store_of
 from smelt.core.target import Target, targets
-from smelt.formats._container import check_holds, write
+from smelt.formats._container import check_holds, to_bytes, write
 from smelt.formats._file import File
 from smelt.formats._meta import Writer, brief
 
-DEFAULT_TAIL = ("code.bits",)
+DEFAULT_TAIL = ("code.bits", "code.entropy")
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def save(
     Args:
         recipe, report: plain data to keep in the file.
         tail: lossless codecs for every leaf, () for none; by default those the model's store names for a tensor,
-            and `code.bits`.
+            and `code.bits` and `code.entropy`.
         force: replace an existing file.
 
     Raises:
@@ -76,7 +76,8 @@ def save(
         "recipe": recipe,
         "report": report,
     }
-    return write(path, {k: v for k, v in meta.items() if v not in (None, [], {})}, writer.leaves, force=force)
+    meta = {k: v for k, v in meta.items() if v not in (None, [], {})}
+    return write(path, meta, writer.leaves, sealed=writer.sealed, force=force)
 
 
 class _Packer:
@@ -122,15 +123,6 @@ class _Once:
         return self.done[id(x)]
 
 
-def open_file(path: str | Path) -> File:
-    """The file, its meta read and judged, its leaves left on the disk.
-
-    Raises:
-        FileError: no file, a foreign, damaged or newer one.
-    """
-    return File(path)
-
-
 def load(path: str | Path, into: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
     """The model of a file, in eval mode, with its store.
 
@@ -138,7 +130,8 @@ def load(path: str | Path, into: nn.Module | None = None, *, trust: bool = False
     compared before anything is decoded.
 
     Args:
-        into: the module as it was before it was compressed, freshly built; it is edited and filled in place.
+        into: the module as it was before it was compressed, freshly built; it is edited and filled in place.  For a
+            packed checkpoint any module with tensors of these names, which may leave out places of tied ones.
         trust: let the file name any function of an importable module as its builder.  That runs code!
 
     Raises:
@@ -148,7 +141,7 @@ def load(path: str | Path, into: nn.Module | None = None, *, trust: bool = False
     with File(path, own=True) as file, torch.no_grad(), torch.random.fork_rng(devices=[]):
         loader = _Loader(file)
         model = loader.given(into) if into is not None else loader.built(trust)
-        _fill(file, model, loader.edits)
+        _fill(file, model, loader)
     return model.eval()
 
 
@@ -175,6 +168,11 @@ class _Loader:
 
     def built(self, trust: bool) -> nn.Module:
         name = self.file.builder
+        if self.file.packed:
+            raise self.file.error(
+                "it is a packed checkpoint and names no model; pass into=<the module>, call smelt.load_file for its "
+                "tensors, or smelt.unpack (smelt unpack) for the .safetensors file"
+            )
         if name is None:
             raise self.file.error("it names no builder; pass into=<the module before it was compressed>")
         if name in shelf.names("models"):
@@ -218,7 +216,7 @@ class _Loader:
 
     def compare(self, model: nn.Module, *, strict: bool = False) -> nn.Module:
         """Raise FileError unless the tensors of model and file have the same names and shapes, and like dtypes."""
-        own = {t.name: t.tensor for t in targets(model)}
+        own = {name: t.tensor for t in targets(model) for name in self.names(t)}
         names = dict.fromkeys(self.file.names())
         kinds = {"lacks": [n for n in own if n not in names], "alone has": [n for n in names if n not in own]}
         if found := [f"it {verb} {_brief(some)}" for verb, some in kinds.items() if some]:
@@ -233,27 +231,48 @@ class _Loader:
                 )
         return model
 
+    def names(self, target: Target) -> list[str]:
+        """What a target is called in the file; only a checkpoint may have a tied tensor under any of its names."""
+        if not self.file.packed:
+            return [target.name]
+        places = [f"{path}.{name}" if path else name for path, name in target.places]
+        known = set(self.file.names())
+        return [name for name in places if name in known] or [target.name]
+
 
 def _brief(names: Sequence[str]) -> str:
     return f"{len(names)} tensor(s) ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def _fill(file: File, model: nn.Module, edits: Sequence[Edit]) -> None:
+def _fill(file: File, model: nn.Module, loader: _Loader) -> None:
     held = store_of(model)
     device = torch.device("cpu")
     for target in targets(model):
-        tree = file.encoded(target.name)
-        dense = file.dense(target.name, tree)
+        name, *others = loader.names(target)
+        own = target.tensor
+        here = own.dtype == file.dtype(name) and own.device.type == "cpu" and own.is_contiguous()
+        tree: Tensor | Encoded
+        if file.straight(name):
+            tree = dense = own if here else torch.empty(file.shape(name), dtype=file.dtype(name))
+            file.read_into(name, dense)
+        else:
+            tree = file.dense_rows(name) if file.packed else file.encoded(name)
+            dense = file.dense(name, tree).clone(memory_format=torch.contiguous_format)
+        for other in others:
+            if to_bytes(file.dense_rows(other)) != to_bytes(dense):
+                raise file.error(
+                    f"it does not fit the model: {name} and {other} are tied there, and differ in the file"
+                )
         if isinstance(tree, Encoded):
             held.entries[target.name] = Entry(tree, (file.path.name,))
-        if coders := _coders(file.resting(target.name)):
+        if coders := _coders(file.forms(name)):
             held.tails[target.name] = coders
-        if target.tensor.is_meta or target.tensor.dtype != dense.dtype:
-            put(model, target, dense.clone(memory_format=torch.contiguous_format).to(_real(target.tensor.device)))
+        if own.is_meta or own.dtype != dense.dtype:
+            put(model, target, dense.to(_real(own.device)))
         else:
-            target.tensor.copy_(dense)
-            device = target.tensor.device
-    held.edits = list(edits)
+            own.copy_(dense)
+            device = own.device
+    held.edits = list(loader.edits)
     held.source = Source(builder=file.builder, arguments=file.arguments)
     for one in file.activations:
         with file.blame(f"activation of {one.path!r}"):
@@ -263,18 +282,10 @@ def _fill(file: File, model: nn.Module, edits: Sequence[Edit]) -> None:
         held.activations.append(activation)
 
 
-def _coders(part: Tensor | Encoded) -> tuple[Lossless, ...]:
+def _coders(forms: Sequence[str]) -> tuple[Lossless, ...]:
     """The lossless codecs with which a tensor was written, so that it is written so again."""
-    names: dict[str, None] = {}
-
-    def walk(node: Tensor | Encoded) -> None:
-        if isinstance(node, Encoded):
-            names.setdefault(f"code.{node.form.name}")
-            for inner in node.parts.values():
-                walk(inner)
-
-    walk(part)
-    return tuple(make(name) for name in names if name in shelf.names("methods"))
+    known = shelf.names("methods")
+    return tuple(make(name) for name in dict.fromkeys(f"code.{form}" for form in forms) if name in known)
 
 
 def _real(device: torch.device) -> torch.device:
@@ -309,15 +320,16 @@ def _tensors(things: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def show(path: str | Path) -> dict[str, Any]:
-    """What is in a file, as plain data.  Leaves that are coded without loss are decoded for it.
+    """What is in a file, as plain data.  Leaves that are coded without loss are decoded for it, but for a packed one.
 
     Raises:
-        FileError: see `open_file`.
+        FileError: no file, a foreign, damaged or newer one.
     """
     with File(path) as file:
+        origin = file.origin if file.packed else None
         tensors = []
         for name in file.names():
-            awake, resting = file.encoded(name), file.resting(name)
+            awake = None if file.packed else file.encoded(name)
             count, size = file.numel(name), file.rest_bytes(name)
             tensors.append(
                 {
@@ -325,7 +337,7 @@ def show(path: str | Path) -> dict[str, Any]:
                     "shape": list(file.shape(name)),
                     "dtype": str(file.dtype(name)).removeprefix("torch."),
                     "tree": str(awake) if isinstance(awake, Encoded) else "dense",
-                    "rest": str(resting) if isinstance(resting, Encoded) else "dense",
+                    "rest": file.stored(name),
                     "bytes": size,
                     "bits": 8 * size / count if count else 0.0,
                 }
@@ -341,6 +353,7 @@ def show(path: str | Path) -> dict[str, Any]:
             "edits": [edit.to_plain() for edit in file.edits],
             "activations": [[one.path, one.at, one.codec] for one in file.activations],
             "tensors": tensors,
+            "origin": None if origin is None else {"header bytes": len(origin.header.raw), **origin.to_plain()},
             "recipe": file.recipe,
             "report": file.report,
         }

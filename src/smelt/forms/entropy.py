@@ -38,22 +38,29 @@ class Entropy(Form):
         stream = parts["stream"]
         self.check({"stream": (stream.shape, stream.dtype)}, shape, dtype)
         dense = torch.empty(shape, dtype=dtype)
-        self.decode_into(stream.detach().cpu().contiguous().numpy(), dense)
+        self.decode_into(stream.detach().cpu().contiguous().numpy(), dense, numel(shape))
         return dense.to(stream.device)
 
-    def decode_into(self, stream: NDArray[np.uint8], out: Tensor, skipped: int = 0) -> None:
-        """The elements from `start` + `skipped` on into a contiguous tensor on the CPU.
+    def decode_into(
+        self, stream: NDArray[np.uint8], out: Tensor, count: int, begin: int = 0, threads: int | None = None
+    ) -> None:
+        """Elements from `begin` on, of the `count` of this tensor, into a contiguous one on the CPU.
 
-        Raises FileError: the stream is damaged.
+        Args:
+            threads: as many decode; by default as many as torch uses, 0: as many as there are cores.
+
+        Raises:
+            FileError: the stream is damaged.
         """
         words = elements(out)
         each = words.size // out.numel() if out.numel() else 1
         try:
-            found = streams.Stream(stream, each * (self.start + skipped + out.numel()))
+            found = streams.Stream(stream, each * (self.start + count))
             require(found.width == words.itemsize or not words.size, f"entropy stream of {found.width} bytes each")
             require(found.checks or len(stream) < streams.SMALL, "entropy stream without checksums")
             require(not stream[found.nbytes :].any(), "entropy stream: bytes left over")
-            found.decode_into(words, each * (self.start + skipped), torch.get_num_threads())
+            threads = torch.get_num_threads() if threads is None else threads
+            found.decode_into(words, each * (self.start + begin), threads)
         except ValueError as error:
             raise FileError(f"entropy stream: {error}") from None
         if out.dtype is torch.bool and bool((words > 1).any()):

@@ -1,29 +1,37 @@
-"""One-dimensional k-means: the k centers with the least sum of squared distances to the values."""
+"""One-dimensional k-means: the k centers with the least sum of squared distances to the values.
+
+The loops are those of native/kmeans*.c, or where it was not built of `_kmeans_numpy`, which finds the same centers.
+"""
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smelt.grids._kmeans_numpy import halves as halves
+from smelt.grids._kmeans_points import Points, distinct, flattened, gathered, loops
+
 Array = NDArray[Any]
 
-BINS = 1 << 16
-CELLS = 1 << 25  # centers times points of the dynamic program: 64 MB of choices, some ten seconds at most
+CELLS = 1 << 25  # centers times points of the dynamic program: 64 MB of choices, some ten seconds of NumPy at most
+FEWEST, PER_CENTER = 1 << 12, 32  # bins that the dynamic program gets: the greater, as far as CELLS allows
 ROUNDS = 10_000
-BLOCK = 1 << 20
+MARGIN = 16  # bins to either side of a border that are taken apart with its own
 
 
 def optimal(values: Array, k: int, weights: Array | None = None) -> Array:
     """Centers of least weighted sum of squared distances, by dynamic programming (Wang & Song 2011, R Journal 3/2).
 
     Exact where there are at most 65,536 distinct values (always for 16-bit weights) and k times their number is
-    at most 2^25.  More values are first gathered into the means of up to 65,536 bins, half of their borders at
-    equal distances and half at equal numbers of distinct values; for larger k the program gives way to centers
-    spread by the cube root of the density (Panter & Dite 1951).  Then Lloyd's rounds on all values, until nothing
-    moves.
+    at most 2^25.  More values are first gathered into the means of 4,096 bins or 32 per center, narrow in the midst
+    of the values and wider outward, or where most of these would be empty of 65,536 bins of the sorted values; for
+    larger k the program gives way to centers spread by the cube root of the density (Panter & Dite 1951).  Then
+    Lloyd's rounds, the bins at the borders taken apart, until no value changes its center: a local optimum of all
+    the values.  A weight below 1e-15 of all weight together counts as 0.
 
     Args:
         values: any shape, finite.
@@ -36,12 +44,16 @@ def optimal(values: Array, k: int, weights: Array | None = None) -> Array:
     Raises:
         ValueError: k below 1, values that are not finite, weights that do not fit.
     """
-    points, mass = _distinct(values, weights)
-    if len(points) <= _positive(k):
-        return points
-    few, heavy = (points, mass) if len(points) <= BINS else _bins(points, mass)
-    centers = _program(few, heavy, k) if k * len(few) <= CELLS else _spread(few, heavy, k)
-    return _rounds(points, mass, centers)
+    points = gathered(*_checked(values, weights, k, light=False), k)
+    if len(points.x) <= k:
+        return points.x
+    number = FEWEST
+    while number < PER_CENTER * k and 2 * number * k <= CELLS:
+        number *= 2
+    x, mass = points.few(number)
+    if len(x) <= k:
+        return x
+    return _settled(points, _program(x, mass, k) if k * len(x) <= CELLS else _spread(x, mass, k))
 
 
 def lloyd(values: Array, k: int, start: str = "quantiles", weights: Array | None = None) -> Array:
@@ -53,71 +65,103 @@ def lloyd(values: Array, k: int, start: str = "quantiles", weights: Array | None
 
     Args, Returns and Raises as `optimal`; centers that no value is nearest to are left out.
     """
-    points, mass = _distinct(values, weights)
-    if len(points) <= _positive(k):
-        return points
+    points = distinct(*_checked(values, weights, k, light=False))
+    x, mass = points.x, points.mass
+    if len(x) <= k:
+        return x
     share = (np.arange(k) + 0.5) / k
     if start == "quantiles":
         reached = np.cumsum(mass)
-        centers = points[np.minimum(np.searchsorted(reached, share * reached[-1]), len(points) - 1)]
+        centers = x[np.minimum(np.searchsorted(reached, share * reached[-1]), len(x) - 1)]
     elif start == "line":
-        centers = np.linspace(points[0], points[-1], k)
+        centers = np.linspace(x[0], x[-1], k)
     elif start == "density":
-        mean = np.average(points, weights=mass)
-        sigma = float(np.sqrt(3 * np.average((points - mean) ** 2, weights=mass)))
+        mean = np.average(x, weights=mass)
+        sigma = float(np.sqrt(3 * np.average((x - mean) ** 2, weights=mass)))
         centers = np.array([NormalDist(float(mean), sigma).inv_cdf(p) for p in share])
     else:
         raise ValueError(f"start is 'quantiles', 'line' or 'density', not {start!r}")
-    return _rounds(points, mass, centers)
+    return _settled(points, centers)
 
 
-def assign(values: Array, centers: Array) -> Array:
-    """The index of the nearest center of every value (the lower one of two), in the values' shape.
+def constrained(values: Array, k: int, rate: float, weights: Array | None = None) -> tuple[Array, Array]:
+    """At most k centers and the borders between their values, for indices that are entropy coded afterwards.
 
-    centers: sorted.  Returns uint8 up to 256 centers, int16 up to 32,768, else int32.
+    What is made small is  J = sum of weight * (x - c)^2 + price * (number of values) * H,  with H the entropy of the
+    indices in bits per value, each value counting once however much it weighs, and  price = rate * (mean of weight *
+    (x - c)^2 over the values at the centers of `optimal`):  with rate 1, saving a bit per value is worth as much as
+    the whole error of `optimal`.  At a price, an error falls by 2 log 2 times itself per bit in the best case, so
+    that rates much below 1.4 find little to save.
+
+    The rounds of entropy-constrained scalar quantization (Chou, Lookabaugh & Gray 1989, IEEE Trans. ASSP 37(1)),
+    from the centers of `optimal` and from even steps of two widths, which are best for many bits (Gish & Pierce
+    1968, IEEE Trans. IT 14(5)); centers that are nowhere the cheapest are dropped.  They run on the distinct values,
+    or on the bins of more than 65,536; what they find is measured, and its centers are the means, on all the values.
+    Only intervals between borders are looked for; with weights a border lies where it would if the values of its two
+    intervals weighed the same.
+
+    Sure is: the result depends on nothing but the arguments, and its J is at most that of `optimal` with values
+    assigned to the nearest center (to rounding).  That J is the least possible is not.
+
+    Args:
+        rate: at least 0; with 0 the centers are those of `optimal`, the borders half-way.
+        values, k, weights: as for `optimal`.
+
+    Returns:
+        (centers, borders), sorted, float64: centers [m], m <= k, and borders [m - 1]; see `assign`.
+
+    Raises:
+        ValueError: as `optimal`, and for a rate that is negative or not finite.
+    """
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise ValueError(f"rate is at least 0 and finite, not {rate}")
+    centers = optimal(values, k, weights)
+    borders = halves(centers)
+    if rate == 0 or len(centers) < 2:
+        return centers, borders
+    points = gathered(*_checked(values, weights, k), k)
+    points.split(borders)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error, squares = points.error(borders), points.squares()
+    if not error > 1e-12 * squares:  # nothing but rounding, or out of range
+        return centers, borders
+    price = rate * error / float(points.n[-1])
+    found = [_coded(points, price, start, ROUNDS)[1] for start in (borders, *_even(points, price, k))]
+    points.split(np.concatenate(found))
+    plain = _coded(points, price, borders, 1)[2]
+    best = min((_coded(points, price, ends, 1) for ends in found), key=lambda one: one[2])
+    return best[:2] if best[2] < plain else (centers, borders)
+
+
+def assign(values: Array, centers: Array, borders: Array | None = None) -> Array:
+    """The index of every value's center, in the values' shape: of the interval between borders that it lies in.
+
+    centers: sorted.  borders: sorted, one less; half-way between the centers without, which is the nearest center.
+    A value on a border has the lower index.  Returns uint8 up to 256 centers, int16 up to 32,768, else int32.
     """
     dtype = np.uint8 if len(centers) <= 256 else np.int16 if len(centers) <= 1 << 15 else np.int32
-    flat, borders = np.ravel(values), _borders(np.asarray(centers, np.float64))
-    found = np.empty(flat.size, dtype)
-    for i in range(0, flat.size, BLOCK):
-        found[i : i + BLOCK] = np.searchsorted(borders, flat[i : i + BLOCK].astype(np.float64))
+    ends = halves(np.asarray(centers, np.float64)) if borders is None else np.ascontiguousarray(borders, np.float64)
+    found: Array = loops().assign(flattened(values), ends, dtype)
     return found.reshape(np.shape(values))
 
 
-def _positive(k: int) -> int:
+def _checked(values: Array, weights: Array | None, k: int, light: bool = True) -> tuple[Array, Array | None]:
+    """Flat values and weights; without those of weight 0 unless `light`."""
     if k < 1:
         raise ValueError(f"k is at least 1, not {k}")
-    return k
-
-
-def _borders(centers: Array) -> Array:
-    return centers[:-1] + np.diff(centers) / 2
-
-
-def _distinct(values: Array, weights: Array | None) -> tuple[Array, Array]:
-    """Distinct values, ascending, and their weights, both float64."""
-    flat = np.ravel(values)
-    if flat.dtype == np.float16 or not np.issubdtype(flat.dtype, np.floating):
-        flat = flat.astype(np.float32 if flat.dtype == np.float16 else np.float64)
-    if not np.isfinite(flat).all():
-        raise ValueError("values to cluster must be finite")
+    flat = flattened(values)
     if weights is None:
-        ordered = np.sort(flat)
-        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: flat.size])
-        return ordered[first].astype(np.float64), np.diff(first, append=flat.size).astype(np.float64)
-    mass = np.ravel(weights).astype(np.float64)
+        return flat, None
+    mass = np.ascontiguousarray(np.ravel(weights), np.float64)
     if mass.shape != flat.shape or not np.isfinite(mass).all() or (mass < 0).any():
         raise ValueError("weights are finite, not negative, and as many as the values")
-    points, place = np.unique(flat[mass > 0], return_inverse=True)
-    return points.astype(np.float64), np.bincount(place, mass[mass > 0], len(points))
-
-
-def _bins(points: Array, mass: Array) -> tuple[Array, Array]:
-    """Means and weights of the bins."""
-    even = np.searchsorted(points, np.linspace(points[0], points[-1], BINS // 2, endpoint=False))
-    first = np.union1d(even, np.arange(BINS // 2) * len(points) // (BINS // 2))
-    heavy = np.add.reduceat(mass, first)
-    return np.add.reduceat(mass * points, first) / heavy, heavy
+    if mass.any() and not 1e-100 < mass.max() < 1e100:  # whose squares are out of range
+        mass = np.ldexp(mass, -np.frexp(mass.max())[1])
+    if not light and not mass.all():
+        if not np.isfinite(flat).all():
+            raise ValueError("values to cluster must be finite")
+        flat, mass = flat[mass > 0], mass[mass > 0]
+    return flat, mass
 
 
 def _spread(points: Array, mass: Array, k: int) -> Array:
@@ -128,65 +172,43 @@ def _spread(points: Array, mass: Array, k: int) -> Array:
 
 
 def _program(points: Array, mass: Array, k: int) -> Array:
-    """The exact centers of n > k points.
-
-    With W, S, Q the prefix sums of weight, weight * x, weight * x^2 (x centered), the least cost of the first j
-    points in m clusters is  D_m(j) = min_i D_{m-1}(i) + Q_j - Q_i - (S_j - S_i)^2 / (W_j - W_i).  The best i
-    never falls as j or m grows.  So it is found for j = h, 3h, 5h, ... between the known ones of j - h and j + h,
-    for h = n/2, n/4, ..., 1: a level is one vector operation over about n candidates.
-    """
-    n = len(points)
+    """The exact centers of n > k points, from prefix sums of their weights and of x and x^2 (x centered)."""
     mean = np.average(points, weights=mass)
     scale = max(mean - points[0], points[-1] - mean)
     x = (points - mean) / scale
     w, s, q = (np.append(0.0, np.cumsum(mass * x**p)) for p in (0, 1, 2))
-    cost = np.full(n + 1, np.inf)
-    cost[1:] = q[1:] - s[1:] ** 2 / w[1:]
-    choices = np.zeros((k, n + 1), np.uint16 if n <= 1 << 16 else np.int32)
-    best = np.zeros(n + 2, np.int64)
-    for m in range(1, k):
-        # m clusters before the last: i in m..j-1, j in m+1..n
-        base, before = cost - q, best
-        cost, best = np.full(n + 1, np.inf), np.full(n + 2, n - 1)
-        best[: m + 1] = m
-        step = 1 << (n - m).bit_length() - 1
-        while step:
-            j = np.arange(m + step, n + 1, 2 * step)
-            low = np.maximum(best[j - step], before[j])
-            high = np.maximum(low, np.minimum(best[np.minimum(j + step, n + 1)], j - 1))
-            number = high - low + 1
-            ends = np.cumsum(number)
-            begin = ends - number
-            i = np.arange(ends[-1]) + np.repeat(low - begin, number)
-            gain = np.repeat(s[j], number) - s[i]
-            gain *= gain
-            gain /= np.repeat(w[j], number) - w[i]
-            np.subtract(base[i], gain, out=gain)
-            least = np.minimum.reduceat(gain, begin)
-            hits = np.flatnonzero(gain == np.repeat(least, number))
-            best[j] = i[hits[np.searchsorted(hits, begin)]]
-            cost[j] = least + q[j]
-            step //= 2
-        choices[m] = best[:-1]
-    edges = [n]
-    for m in range(k - 1, 0, -1):
-        edges.append(int(choices[m, edges[-1]]))
-    cuts = np.array([*edges, 0][::-1])
-    centers: Array = np.diff(s[cuts]) / np.diff(w[cuts]) * scale + mean
+    cuts = loops().program(w, s, q, k)
+    means = np.diff(s[cuts]) / np.diff(w[cuts]) * scale + mean
+    centers: Array = np.clip(means, points[cuts[:-1]], points[cuts[1:] - 1])
     return centers
 
 
-def _rounds(points: Array, mass: Array, centers: Array) -> Array:
-    """Lloyd's rounds: means of the nearest, until no value changes its center; those without values are left out."""
-    origin = float(np.average(points, weights=mass))
-    w, s = (np.append(0.0, np.cumsum(mass * (points - origin) ** p)) for p in (0, 1))
-    cuts = np.full(len(centers), -1)
-    for _ in range(ROUNDS):
-        before, cuts = cuts, np.searchsorted(points, _borders(centers), side="right")
-        if np.array_equal(before, cuts):
-            break
-        edges = np.concatenate(([0], cuts, [len(points)]))
-        heavy = np.diff(w[edges])
-        held = np.diff(edges) > 0
-        centers = np.where(held, np.diff(s[edges]) / np.where(held, heavy, 1) + origin, centers)
-    return centers[np.diff(np.concatenate(([0], cuts, [len(points)]))) > 0]
+def _settled(points: Points, centers: Array) -> Array:
+    """Centers after Lloyd's rounds on all the values; those that no value is nearest to are left out."""
+    margin = max(1, min(MARGIN, MARGIN * 256 // len(centers)))
+    while True:
+        centers, edges = loops().rounds(points.x, points.w, points.s, points.origin, centers, ROUNDS)
+        if not points.split(halves(centers), margin):
+            held: Array = centers[np.diff(points.w[edges]) > 0]
+            return held
+        margin *= 2
+
+
+def _coded(points: Points, price: float, borders: Array, limit: int) -> tuple[Array, Array, float]:
+    """(centers, borders, cost) after at most `limit` entropy-constrained rounds."""
+    found: tuple[Array, Array, float] = loops().coded(
+        points.x, (points.w, points.s, points.n), points.origin, price, borders, limit
+    )
+    return found
+
+
+def _even(points: Points, price: float, k: int) -> list[Array]:
+    """Borders of even steps: where an error of step^2 / 12 falls by the price per bit, and half as wide again."""
+    found = []
+    for factor in (1.0, 1.5):
+        step = factor * math.sqrt(6 * price * points.n[-1] / points.w[-1] / math.log(2))
+        if step > 0 and math.isfinite(step):
+            low = math.floor(max((points.x[0] - points.origin) / step, -(k // 2)))
+            high = math.ceil(min((points.x[-1] - points.origin) / step, low + k - 1))
+            found.append(points.origin + (np.arange(low, high) + 0.5) * step)
+    return found

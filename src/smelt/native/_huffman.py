@@ -25,18 +25,15 @@ def lengths(counts: np.ndarray) -> np.ndarray:
     doi:10.1145/79147.79150).
 
     Args:
-        counts: frequencies, [256]; unused symbols (0) get no code.
+        counts: frequencies, [256], of at least two symbols; unused ones (0) get no code.
 
     Returns:
-        int64 [256], 0 for unused symbols.  Where only one is used, it and another have 1: a code is complete.
+        int64 [256], 0 for unused symbols.
     """
     counts = np.asarray(counts)
     order = np.argsort(counts, kind="stable")
     order = order[counts[order] > 0]
     found = np.zeros(len(counts), np.int64)
-    if len(order) < 2:
-        found[[int(order[0]), int(order[0]) ^ 1]] = 1
-        return found
     weights = counts[order].astype(np.int64)
     merged, levels = weights, [np.ones(len(order), bool)]
     for _ in range(LONGEST - 1):

@@ -6,7 +6,7 @@
 #include "split.h"
 
 enum { DEPTH = 8, BATCH = 8192, MOST = 1 << 20 /* elements of a chunk */ };
-enum { RAW, CONSTANT, SPLIT, PLANES, UPPER, HALF, OFFSET, LOWER, BITS, NIBBLES, BYTES };
+enum { WITHIN = 16 /* added to the depth inside of NONZERO */ };
 
 static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int width, int level, int depth);
 
@@ -184,7 +184,7 @@ static int decode_planes(const u8 *in, size_t size, u8 *out, size_t count, int w
             if (!n) length = size + (u64)1;
         }
         if (length > size || !length) error = DAMAGED;
-        else if (in[0] == RAW && length == 1 + count) planes[p] = in + 1;
+        else if (depth % WITHIN <= DEPTH && in[0] == RAW && length == 1 + count) planes[p] = in + 1;
         else {
             u8 *plane = space + (size_t)p * count;
             error = decode_body(in, (size_t)length, plane, count, 1, level, depth);
@@ -252,8 +252,30 @@ static int decode_nibbles(const u8 *in, size_t size, u8 *out, size_t count, int 
     return error ? error : high > 15 ? DAMAGED : OK;
 }
 
+static int decode_nonzero(const u8 *in, size_t size, u8 *out, size_t count, int width, int level, int depth) {
+    u64 length;
+    size_t n = get_varint(in, size, &length), kept = 0;
+    if (!n || length > size - n) return DAMAGED;
+    in += n, size -= n;
+    u8 *mask = malloc(count), *values = NULL, over = 0;
+    if (!mask) return NO_MEMORY;
+    int error = decode_body(in, (size_t)length, mask, count, 1, level, depth);
+    in += length, size -= (size_t)length;
+    for (size_t i = 0; i < count && !error; i++) over |= mask[i], kept += mask[i];
+    if (!error && (over > 1 || (!kept && size))) error = DAMAGED;
+    if (!error && !kept) memset(out, 0, count * (size_t)width);
+    if (!error && kept) {
+        values = malloc((kept + 1) * (size_t)width);
+        error = values ? decode_body(in, size, values, kept, width, level, depth) : NO_MEMORY;
+        if (!error) spread(level, values, kept, mask, count, width, out);
+    }
+    free(values);
+    free(mask);
+    return error;
+}
+
 static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int width, int level, int depth) {
-    if (!size || depth > DEPTH) return DAMAGED;
+    if (!size || depth % WITHIN > DEPTH) return DAMAGED;
     const int kind = in[0];
     const size_t bytes = count * (size_t)width;
     in++, size--, depth++;
@@ -280,6 +302,8 @@ static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int wid
         return error;
     }
     case BYTES: return width == 1 ? decode_symbols(in, size, in, (cut){1, 0, 0}, out, count, level) : DAMAGED;
+    case NONZERO: /* in each other they would multiply the work */
+        return depth < WITHIN ? decode_nonzero(in, size, out, count, width, level, depth + WITHIN) : DAMAGED;
     case BITS: return width == 1 ? decode_bits(in, size, out, count, level, depth) : DAMAGED;
     case NIBBLES: return width == 1 ? decode_nibbles(in, size, out, count, level, depth) : DAMAGED;
     default: return DAMAGED;

@@ -5,7 +5,6 @@
 #include "split.h"
 
 enum { INT, BOOL, E8, E5, E11, F8 };
-enum { RAW, CONSTANT, SPLIT, PLANES, UPPER, HALF, OFFSET, LOWER, BITS, NIBBLES, BYTES };
 enum { FEW = 4096 };
 
 typedef struct {
@@ -95,10 +94,11 @@ static int64_t write_symbols(const u8 *symbols, const u32 *counts, size_t count,
 
 /* ---- cuts */
 
-/* The cheapest rest of a cut: of the least bits `from` to `to_rest`, for elements whose top 8 bits have `counts`. */
-static cut best_cut(const u32 *counts, size_t count, int width, int rotate, int most, int coder, choice *best) {
+/* The cheapest cut with up to `most` more raw bits than symbols of 8 bits leave, for elements whose top 8 bits have
+   `counts`.  best: its symbols; least: its price with the raw parts. */
+static cut best_cut(const u32 *counts, size_t count, int width, int rotate, int most, int coder, choice *best,
+                    u64 *least) {
     cut found = {width, 8 * width - 8, rotate};
-    u64 least = NONE;
     for (int r = 0; r <= most; r++) {
         u32 merged[256] = {0};
         choice c;
@@ -108,9 +108,8 @@ static cut best_cut(const u32 *counts, size_t count, int width, int rotate, int 
         if (symbols == NONE) symbols = c.price; /* one symbol: no Huffman code, and rANS takes no bits */
         u64 price = symbols + (u64)(8 * width - 8 + r) * count * BIT;
         if (coder != ONLY_HUFFMAN && c.plan.buckets > 32) price += price / SLOWER;
-        if (r == 0 || price + price / 4096 < least) least = price, *best = c, found.rest = 8 * width - 8 + r;
+        if (r == 0 || price + price / 4096 < *least) *least = price, *best = c, found.rest = 8 * width - 8 + r;
     }
-    best->price = least;
     return found;
 }
 
@@ -148,12 +147,13 @@ static int64_t encode_bytes(const u8 *x, size_t count, int kind, sink to) {
     const int rotate = kind == F8;
     for (int s = 0; s < 256; s++) rotated[rotate ? (s << 1 | s >> 7) & 255 : s] = counts[s];
     choice best, pairs;
-    cut c = best_cut(rotated, count, 1, rotate, 4, to.coder, &best);
+    u64 least;
+    cut c = best_cut(rotated, count, 1, rotate, 4, to.coder, &best, &least);
     for (int s = 0; s < 256; s++) nibbles[s & 15] += counts[s], nibbles[s >> 4] += counts[s];
     if (!rotate && 2 * count <= 1 << 21 && to.cap > 1) { /* two symbols a byte, where they know nothing of each other */
         price_plane(nibbles, 2 * count, &pairs);
         u64 price = to.coder == ONLY_HUFFMAN ? price_huffman(nibbles, 2 * count) : pairs.price;
-        if (price != NONE && price + price / 1024 < best.price) {
+        if (price != NONE && price + price / 1024 < least) {
             u8 *both = malloc(2 * count);
             if (!both) return NO_MEMORY;
             for (size_t i = 0; i < count; i++) both[2 * i] = x[i] & 15, both[2 * i + 1] = x[i] >> 4;
@@ -248,8 +248,8 @@ static int64_t encode_integers(const u8 *x, size_t count, int width, sink to) {
     return encode_planes(x, count, width, to);
 }
 
-/* Whether the low bytes of floating numbers have less than 15/16 of their entropy: few different values, for example.
-   Looks at 4096 elements at most. */
+/* Whether the low bytes of floating numbers seem to have less than 15/16 of the entropy they could have: few different
+   values, for example.  Looks at 4096 elements at most; of a few hundred it is often wrong. */
 static int few_values(const u8 *x, size_t count, int width) {
     const size_t step = count / 4096 + 1;
     u32 counts[256] = {0}, number = 0;
@@ -257,7 +257,49 @@ static int few_values(const u8 *x, size_t count, int width) {
     for (size_t i = 0; i < count; i += step, number++) counts[x[i * (size_t)width]]++;
     for (int s = 0; s < 256; s++)
         if (counts[s]) bits += counts[s] * (u64)(log2_fixed(number) - log2_fixed(counts[s]));
-    return number >= 512 && bits < number * (15 * BIT / 2);
+    return bits < number * (15 * BIT / 2);
+}
+
+static int64_t encode_cut(const u8 *x, size_t count, int width, int kind, sink to) {
+    u32 counts[256];
+    choice best;
+    u64 least;
+    u8 *tops = malloc(count);
+    if (!tops) return NO_MEMORY;
+    split_elements(to.level, (cut){width, 8 * width - 8, 1}, x, count, tops, NULL);
+    histogram(tops, count, counts);
+    const cut c = best_cut(counts, count, width, 1, kind == E5 ? 3 : 0, to.coder, &best, &least);
+    const int64_t n = write_split(x, count, c, tops, counts, &best, to);
+    free(tops);
+    return n;
+}
+
+/* [NONZERO, mask, values]; NO_ROOM where the elements that are 0 are too few to pay. */
+static int64_t encode_nonzero(const u8 *x, size_t count, int width, int kind, sink to) {
+    const size_t step = count / 1024 + 1;
+    size_t zeros = 0, number = 0;
+    for (size_t i = 0; i < count; i += step, number++) zeros += !element(x + i * (size_t)width, width);
+    if (16 * zeros < number || to.cap < 16) return NO_ROOM;
+    u8 *mask = malloc(2 * count), *values = malloc((count + 1) * (size_t)width);
+    int64_t n = mask && values ? NO_ROOM : NO_MEMORY;
+    if (n == NO_ROOM) {
+        const size_t kept = gather(x, count, width, mask, values);
+        u8 *packed = mask + count; /* shorter than the mask, unless that is of a few bytes */
+        const int64_t size = encode_body(mask, count, 1, BOOL, (sink){to.coder, to.level, packed, count});
+        if (size > 0 && (u64)size + 8 < to.cap) {
+            to.out[0] = NONZERO;
+            n = 1 + (int64_t)put_varint(to.out + 1, (u64)size);
+            memcpy(to.out + n, packed, (size_t)size), n += size;
+            if (kept) {
+                const sink rest = {to.coder, to.level, to.out + n, to.cap - (size_t)n};
+                const int64_t more = encode_body(values, kept, width, kind, rest);
+                n = more < 0 ? more : n + more;
+            }
+        } else if (size != NO_ROOM && size < 0) n = size;
+    }
+    free(mask);
+    free(values);
+    return n;
 }
 
 static int64_t encode_floats(const u8 *x, size_t count, int width, int kind, sink to) {
@@ -271,19 +313,19 @@ static int64_t encode_floats(const u8 *x, size_t count, int width, int kind, sin
         if (halves && !(upper && !few_values(x + 2, count, 4))) return encode_narrowed(x, count, 4, HALF, E5, to);
         if (upper) return encode_narrowed(x, count, 4, UPPER, E8, to);
     }
-    if (kind == E11 || few_values(x, count, width)) return encode_planes(x, count, width, to);
-    u32 counts[256];
-    choice best;
-    u8 *tops = malloc(count);
-    if (!tops) return NO_MEMORY;
-    split_elements(to.level, (cut){width, 8 * width - 8, 1}, x, count, tops, NULL);
-    histogram(tops, count, counts);
-    const cut c = best_cut(counts, count, width, 1, kind == E5 ? 3 : 0, to.coder, &best);
-    const int64_t n = write_split(x, count, c, tops, counts, &best, to);
-    free(tops);
-    return n;
+    int64_t planes = encode_nonzero(x, count, width, kind, to);
+    if (planes != NO_ROOM) return planes;
+    const int few = few_values(x, count, width);
+    if (kind == E11 || few) planes = encode_planes(x, count, width, to);
+    if (kind == E11 || (few && count > FEW) || (planes < 0 && planes != NO_ROOM)) return planes;
+    if (planes < 0) return encode_cut(x, count, width, kind, to);
+    u8 *trial = malloc((size_t)planes); /* the cut only if it is smaller */
+    if (!trial) return NO_MEMORY;
+    const int64_t n = encode_cut(x, count, width, kind, (sink){to.coder, to.level, trial, (size_t)planes - 1});
+    if (n > 0) memcpy(to.out, trial, (size_t)n);
+    free(trial);
+    return n > 0 ? n : n == NO_ROOM ? planes : n;
 }
-
 static int64_t encode_body(const u8 *x, size_t count, int width, int kind, sink to) {
     const size_t bytes = count * (size_t)width;
     int64_t n = NO_ROOM;

@@ -33,6 +33,9 @@ enum { OK = 0, DAMAGED = -1, NO_MEMORY = -2, NO_ROOM = -3, WRONG_CALL = -4 };
 enum { PORTABLE = 0, SIMD = 1 /* AVX2 or NEON */, AVX512 = 2 };
 int best_level(void); /* of this machine */
 
+/* Kinds of bodies. */
+enum { RAW, CONSTANT, SPLIT, PLANES, UPPER, HALF, OFFSET, LOWER, BITS, NIBBLES, BYTES, NONZERO };
+
 /* ---- rans.c: the alias method (docs/format.md, "rANS") */
 
 enum { LANES = 128, MAX_LANES = 128, BLOCK = 1024, MAX_TABLES = 8 };

@@ -13,8 +13,9 @@ from smelt.native import _huffman, _rans
 from smelt.native._parts import cut, halves, join, parts_size, rotated, singles
 from smelt.native._read import Reader, require, varint
 
-RAW, CONSTANT, SPLIT, PLANES, UPPER, HALF, OFFSET, LOWER, BITS, NIBBLES, BYTES = range(11)
+RAW, CONSTANT, SPLIT, PLANES, UPPER, HALF, OFFSET, LOWER, BITS, NIBBLES, BYTES, NONZERO = range(12)
 DEEPEST = 8
+WITHIN = 16  # added to the depth inside of NONZERO
 MOST = 1 << 20  # bytes that are cut into nibbles
 ROTATE = 64
 
@@ -58,7 +59,7 @@ def decode_chunk(body: bytes | memoryview | np.ndarray, count: int, width: int) 
 
 def _decode(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
     """A body that reaches to the reader's end, inside of `depth` others."""
-    require(depth <= DEEPEST, "bodies nested too deep")
+    require(depth % WITHIN <= DEEPEST, "bodies nested too deep")
     kind = reader.byte()
     if kind in (PLANES, UPPER, LOWER):
         require(width > 1, "no body of bytes")
@@ -92,6 +93,15 @@ def _decode(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
         found = _decode(reader, count, width, depth + 1)
         found += offset
         return found
+    if kind == NONZERO:
+        require(depth < WITHIN, "nonzero within another")
+        mask = _decode(Reader(reader.take(reader.varint())), count, 1, depth + WITHIN + 1)
+        kept = int(np.count_nonzero(mask))
+        require(int(mask.max()) <= 1 and (kept > 0 or not reader.left), "nonzero: no such mask")
+        found = np.zeros(count, f"<u{width}")
+        if kept:
+            found[mask.view(bool)] = _decode(reader, kept, width, depth + WITHIN + 1)
+        return found
     if kind == BITS:
         packed = _decode(reader, -(-count // 8), 1, depth + 1)
         require(count % 8 == 0 or not packed[-1] & 255 >> count % 8, "bits: some are left over")
@@ -101,6 +111,17 @@ def _decode(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
     found = _decode(reader, 2 * count, 1, depth + 1)
     require(int(found.max()) < 16, "nibbles: one above 15")
     return found[0::2] | found[1::2] << 4
+
+
+def _spread(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
+    """Elements where a mask is 1, else 0."""
+    mask = _decode(Reader(reader.take(reader.varint())), count, 1, depth + 1)
+    kept = int(np.count_nonzero(mask))
+    require(int(mask.max()) <= 1 and (kept > 0 or not reader.left), "nonzero: no such mask")
+    found = np.zeros(count, f"<u{width}")
+    if kept:
+        found[mask.view(bool)] = _decode(reader, kept, width, depth + 1)
+    return found
 
 
 def _join(reader: Reader, count: int, width: int) -> np.ndarray:
@@ -143,6 +164,8 @@ def _plan(words: np.ndarray, kind: str, coder: str) -> Plan:
         half = halves(words)
         if half is not None:
             return _begun(bytes([HALF]), _plan(half, "e5", coder))
+    if kind.startswith("e") and 16 * np.count_nonzero(words) < 15 * len(words):
+        return _best(words, _nonzero(words, kind, coder))
     least = {"e5": 8, "e8": 8 * width - 8, "e11": 56}.get(kind, 0)
     if least:
         bits = range(8, 12) if kind == "e5" else (least,)
@@ -177,10 +200,11 @@ def _splits(words: np.ndarray, bits: Iterable[int], coder: str, *, rotate: bool)
 def _split(words: np.ndarray, bits: int, counts: np.ndarray, coder: str, rotate: bool) -> Plan:
     """counts: of the symbols, at most [256]."""
     counts = np.pad(counts, (0, 256 - len(counts)))
+    one = np.count_nonzero(counts) == 1  # no Huffman code, and rANS takes next to nothing
     plans = []
-    if coder != "huffman":
+    if coder != "huffman" or one:
         plans.append(_rans.plan(counts))
-    if coder != "rans":
+    if coder != "rans" and not one:
         plans.append(_huffman.plan(counts))
     size, write = min(plans, key=lambda plan: plan[0])
 
@@ -200,6 +224,18 @@ def _bits(words: np.ndarray, coder: str) -> Plan:
     digits = np.stack((packed & 15, packed >> 4), 1).reshape(-1)
     nibbles = _begun(bytes([NIBBLES]), _plan(digits, "int", coder))
     return _begun(bytes([BITS]), min(_plan(packed, "int", coder), nibbles, key=lambda plan: plan[0]))
+
+
+def _nonzero(words: np.ndarray, kind: str, coder: str) -> Plan:
+    """Where the words are not 0, and those that are not."""
+    mask = words != 0
+    where, values = _plan(mask.view(np.uint8), "bool", coder), _plan(words[mask], kind, coder)
+
+    def written() -> bytes:
+        body = where[1]()
+        return bytes([NONZERO]) + varint(len(body)) + body + values[1]()
+
+    return 4 + where[0] + values[0], written
 
 
 def _planes(words: np.ndarray, coder: str) -> Plan:

@@ -33,17 +33,23 @@ void histogram(const u8 *symbols, size_t count, u32 *counts) {
 
 /* ---- the price of a plane of symbols */
 
-static int precision_for(size_t count, int entries) {
-    int p = 8;
-    while (p < 14 && ((size_t)1 << p < count || 1 << p < 4 * entries)) p++;
-    return p;
-}
-
 static int lanes_for(u64 bits) {
     u64 bytes = bits / BIT / 8;
     int lanes = 1;
     while (lanes < MAX_LANES && 800 * (u64)lanes <= bytes) lanes *= 2;
     return lanes;
+}
+
+/* The symbols under the first table of the plan, and the table. */
+static u64 price_table(const choice *c, int entries) {
+    const u32 whole = (u32)c->plan.precision << 16;
+    u64 price = 0;
+    for (int i = 0; i < entries; i++) {
+        const u32 f = c->plan.freq[0][i];
+        if (c->counts[i]) price += c->counts[i] * (u64)(whole - log2_fixed(f));
+        price += BIT * (1 + 2 * (u64)log2_of(f + 1));
+    }
+    return price;
 }
 
 /* One table with `buckets` entries; the rarest symbols become escapes where there are more. */
@@ -52,7 +58,7 @@ static void price_rans(const u32 *counts, const u8 *order, int used, size_t coun
     const int escapes = used > buckets, kept = escapes ? buckets - 1 : used;
     u8 keep[256] = {0};
     int lowest = 255, highest = 0, n = 0;
-    u64 rare = 0, bits = 0;
+    u64 rare = 0;
     for (int i = 0; i < kept; i++) {
         const int s = order[i];
         keep[s] = 1, lowest = s < lowest ? s : lowest, highest = s > highest ? s : highest;
@@ -76,17 +82,24 @@ static void price_rans(const u32 *counts, const u8 *order, int used, size_t coun
         plan->escape = n, plan->values[n] = 0, c->counts[n++] = (u32)rare;
     }
     plan->entries = n;
-    plan->precision = precision_for(count, n);
-    rans_normalise(c->counts, n, plan->precision, plan->freq[0]);
-    const u32 whole = (u32)plan->precision << 16;
-    u64 head = 5 * 8 + 16 + (plan->listed ? 8 * (u64)n : 0);
-    for (int i = 0; i < n; i++) {
-        if (c->counts[i]) bits += c->counts[i] * (u64)(whole - log2_fixed(plan->freq[0][i]));
-        head += 1 + 2 * (u64)log2_of(plan->freq[0][i] + 1);
+    /* The finest frequencies for many symbols; for few the precision at which the table weighs least with them. */
+    u64 price = NONE;
+    for (int p = count < 1 << 16 ? 8 : 14; p <= 14; p++) {
+        if (n > 1 << p) continue;
+        plan->precision = p;
+        rans_normalise(c->counts, n, p, plan->freq[0]);
+        const u64 now = price_table(c, n);
+        if (now >= price) {
+            plan->precision = p - 1;
+            rans_normalise(c->counts, n, p - 1, plan->freq[0]);
+            break;
+        }
+        price = now;
     }
-    bits += rare * ESCAPE_BITS * BIT;
-    plan->lanes = lanes_for(bits);
-    c->price = bits + BIT * (head + 32 * (u64)plan->lanes) + 160 * (u64)count; /* 0.0024 bits: low states */
+    price += rare * ESCAPE_BITS * BIT;
+    plan->lanes = lanes_for(price);
+    c->price = price + BIT * (5 * 8 + 16 + (plan->listed ? 8 * (u64)n : 0) + 32 * (u64)plan->lanes);
+    c->price += 160 * (u64)count; /* 0.0024 bits: states of few bits are coarse */
 }
 
 /* The symbols that occur, most frequent first; returns their number. */

@@ -3,6 +3,7 @@
    A state is two 16-bit words.  The low bits of `low` are the bucket, which is the index that vpermw looks up;
    x = frequency * high + rank is a 16 x 16 bit product with carry; a word is read where `high` became 0. */
 #include "rans.h"
+#include "split.h"
 
 #if defined(SMELT_X86)
 #include <immintrin.h>
@@ -107,6 +108,28 @@ size_t rans_run_bf16_avx512(const rans_table *table, rans_lanes *lanes, size_t s
     return table->buckets == 16   ? bf16_16(table, lanes, steps, rest, out)
            : table->buckets == 32 ? bf16_32(table, lanes, steps, rest, out)
                                   : 0;
+}
+
+/* Of `spread` what whole vectors do; stops where one might read beyond the values. */
+TARGET size_t spread_avx512(const u8 *values, size_t kept, const u8 *mask, size_t count, int width, u8 *out) {
+    const u8 *end = values + kept * (size_t)width;
+    size_t i = 0;
+    for (; i + 64 <= count && end - values >= 64 * width; i += 64) {
+        const __m512i bytes = _mm512_loadu_si512(mask + i);
+        u64 k = _mm512_test_epi8_mask(bytes, bytes);
+        for (int part = 0; part < width; part++, out += 64) {
+            const __m512i x = _mm512_loadu_si512(values);
+            const __mmask64 here = width == 1 ? k : k & (((u64)1 << 64 / width) - 1);
+            const __m512i y = width == 1   ? _mm512_maskz_expand_epi8(here, x)
+                              : width == 2 ? _mm512_maskz_expand_epi16((__mmask32)here, x)
+                              : width == 4 ? _mm512_maskz_expand_epi32((__mmask16)here, x)
+                                           : _mm512_maskz_expand_epi64((__mmask8)here, x);
+            _mm512_storeu_si512(out, y);
+            values += (size_t)__builtin_popcountll(here) * (size_t)width;
+            if (width > 1) k >>= 64 / width;
+        }
+    }
+    return i;
 }
 
 /* out[i] = map[in[i]]; count is a multiple of 64 */

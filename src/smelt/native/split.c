@@ -215,6 +215,54 @@ void split_elements(int level, cut c, const u8 *elements, size_t count, u8 *symb
     (void)level;
 }
 
+/* ---- elements that are not 0 */
+
+#define SPREAD(T)                                                                                                      \
+    static void spread_##T(const u8 *values, const u8 *mask, size_t count, u8 *out) {                                  \
+        for (size_t i = 0; i < count; i++) {                                                                           \
+            T x;                                                                                                       \
+            memcpy(&x, values, sizeof x);                                                                              \
+            x = (T)(x & (T)(0 - (T)mask[i]));                                                                          \
+            memcpy(out + i * sizeof x, &x, sizeof x);                                                                  \
+            values += sizeof x * mask[i];                                                                              \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static size_t gather_##T(const u8 *elements, size_t count, u8 *mask, u8 *values) {                                 \
+        const u8 *begin = values;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                                           \
+            T x;                                                                                                       \
+            memcpy(&x, elements + i * sizeof x, sizeof x);                                                             \
+            memcpy(values, &x, sizeof x);                                                                              \
+            mask[i] = x != 0, values += sizeof x * mask[i];                                                            \
+        }                                                                                                              \
+        return (size_t)(values - begin) / sizeof(T);                                                                   \
+    }
+SPREAD(u8)
+SPREAD(u16)
+SPREAD(u32)
+SPREAD(u64)
+
+void spread(int level, const u8 *values, size_t kept, const u8 *mask, size_t count, int width, u8 *out) {
+    size_t i = 0;
+#if defined(SMELT_X86)
+    if (level >= AVX512) i = spread_avx512(values, kept, mask, count, width, out);
+    for (size_t j = 0; j < i; j++) values += mask[j] * (size_t)width;
+#endif
+    (void)level, (void)kept;
+    mask += i, count -= i, out += i * (size_t)width;
+    if (width == 1) spread_u8(values, mask, count, out);
+    else if (width == 2) spread_u16(values, mask, count, out);
+    else if (width == 4) spread_u32(values, mask, count, out);
+    else spread_u64(values, mask, count, out);
+}
+
+size_t gather(const u8 *elements, size_t count, int width, u8 *mask, u8 *values) {
+    return width == 1   ? gather_u8(elements, count, mask, values)
+           : width == 2 ? gather_u16(elements, count, mask, values)
+           : width == 4 ? gather_u32(elements, count, mask, values)
+                        : gather_u64(elements, count, mask, values);
+}
+
 /* ---- halves */
 
 #define HALVES(T, H, BITS)                                                                                             \

@@ -25,6 +25,13 @@ void join_elements(int level, cut c, const u8 *symbols, const u8 *parts, size_t 
 void widen(const u8 *halves, size_t count, int width, int upper, u8 *out);
 void narrow(const u8 *elements, size_t count, int width, int upper, u8 *out);
 
+/* out[i] is the next of the values where mask[i] is 1, and 0 where it is 0; mask has `kept` ones.  values has room for one
+   element more, which may be read. */
+size_t spread_avx512(const u8 *values, size_t kept, const u8 *mask, size_t count, int width, u8 *out); /* a part */
+void spread(int level, const u8 *values, size_t kept, const u8 *mask, size_t count, int width, u8 *out);
+/* The inverse: the mask, and the values, which have room for one element more; returns their number. */
+size_t gather(const u8 *elements, size_t count, int width, u8 *mask, u8 *values);
+
 /* binary32 from binary16 and, where exact, back; half_exactly returns 0 if it is not. */
 u32 single_of(u16 half);
 int half_exactly(u32 single, u16 *half);

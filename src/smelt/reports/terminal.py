@@ -206,6 +206,17 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def pack_table(dtypes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One row per dtype of packed checkpoints."""
+    table = _table()
+    for name in ("dtype", "tensors", "bytes", "packed", "smaller"):
+        table.add_column(name, justify="left" if name == "dtype" else "right")
+    for row in dtypes:
+        numbers = (f"{row[key]:,}" for key in ("tensors", "before", "after"))
+        table.add_row(Text(row["dtype"], "cyan"), *numbers, f"{row['ratio']:.3f}×")
+    return table
+
+
 def methods_table(cards: Mapping[str, Mapping[str, str]], width: int = 80) -> RenderableType:
     """The methods side by side; where the terminal is narrow, one below the other.
 
