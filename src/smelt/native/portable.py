@@ -94,14 +94,7 @@ def _decode(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
         found += offset
         return found
     if kind == NONZERO:
-        require(depth < WITHIN, "nonzero within another")
-        mask = _decode(Reader(reader.take(reader.varint())), count, 1, depth + WITHIN + 1)
-        kept = int(np.count_nonzero(mask))
-        require(int(mask.max()) <= 1 and (kept > 0 or not reader.left), "nonzero: no such mask")
-        found = np.zeros(count, f"<u{width}")
-        if kept:
-            found[mask.view(bool)] = _decode(reader, kept, width, depth + WITHIN + 1)
-        return found
+        return _spread(reader, count, width, depth)
     if kind == BITS:
         packed = _decode(reader, -(-count // 8), 1, depth + 1)
         require(count % 8 == 0 or not packed[-1] & 255 >> count % 8, "bits: some are left over")
@@ -115,12 +108,13 @@ def _decode(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
 
 def _spread(reader: Reader, count: int, width: int, depth: int) -> np.ndarray:
     """Elements where a mask is 1, else 0."""
-    mask = _decode(Reader(reader.take(reader.varint())), count, 1, depth + 1)
+    require(depth < WITHIN, "nonzero within another")
+    mask = _decode(Reader(reader.take(reader.varint())), count, 1, depth + WITHIN + 1)
     kept = int(np.count_nonzero(mask))
     require(int(mask.max()) <= 1 and (kept > 0 or not reader.left), "nonzero: no such mask")
     found = np.zeros(count, f"<u{width}")
     if kept:
-        found[mask.view(bool)] = _decode(reader, kept, width, depth + 1)
+        found[mask.view(bool)] = _decode(reader, kept, width, depth + WITHIN + 1)
     return found
 
 
