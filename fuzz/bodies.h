@@ -9,6 +9,8 @@ SMELT_API int64_t smelt_chunk_bound(size_t count, int width);
 SMELT_API int64_t smelt_chunk_encode(const void *elements, size_t count, int width, int kind, int coder, u8 *out,
                                      size_t cap);
 SMELT_API int smelt_chunk_decode(const u8 *body, size_t size, void *elements, size_t count, int width, int level);
+SMELT_API int smelt_chunk_decode_checked(const u8 *body, size_t size, void *elements, size_t count, int width,
+                                         int level, u32 crc);
 
 /* Random numbers: the bytes of an input while there are some, then what follows from `state`. */
 typedef struct {

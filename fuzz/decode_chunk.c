@@ -34,6 +34,12 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
         if (level == 0) first = result;
         check(result == first, "levels give different results");
         if (level && result == OK) check(!memcmp(one, other, bytes), "levels give different elements");
+        const u32 crc = smelt_crc32(0, body, size - HEAD);
+        memset(other, 0x33, bytes);
+        check(smelt_chunk_decode_checked(body, size - HEAD, other, count, width, level, crc) == result, "with a checksum");
+        if (result == OK) check(!memcmp(one, other, bytes), "a checksum gives different elements");
+        const int wrong = smelt_chunk_decode_checked(body, size - HEAD, other, count, width, level, crc ^ 1);
+        check(wrong == DAMAGED, "a wrong checksum");
     }
     for (size_t fails = 1, number = size % 8 ? 0 : asked; fails <= number; fails++) {
         const int result = decode(body, size - HEAD, other, count, width, (int)(size / 8 % 3), fails);

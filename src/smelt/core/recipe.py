@@ -7,7 +7,7 @@
             - distill.logits: {temperature: 4}
             - prune.weights: {ratio: {ramp: [0, 0.9]}}
       - share.kmeans: {clusters: 16, on: "fc*"}
-      - code.huffman: {}
+      - code.entropy: {}
 
 Key = name on the shelf `methods/`; mapping = its settings; `on` (a selector) and `at` belong to the step.
 """

@@ -16,6 +16,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "smelt_chunk_bound": (_I64, [_SIZE, _INT]),
     "smelt_chunk_encode": (_I64, [_P, _SIZE, _INT, _INT, _INT, _P, _SIZE]),
     "smelt_chunk_decode": (_INT, [_P, _SIZE, _P, _SIZE, _INT, _INT]),
+    "smelt_chunk_decode_checked": (_INT, [_P, _SIZE, _P, _SIZE, _INT, _INT, _U32]),
     "smelt_crc32": (_U32, [_U32, _P, _SIZE]),
     "smelt_best_level": (_INT, []),
 }

@@ -161,3 +161,20 @@ u32 crc32_at(int level, u32 crc, const u8 *data, size_t size) {
 }
 
 SMELT_API u32 smelt_crc32(u32 crc, const u8 *data, size_t size) { return crc32_at(best_level(), crc, data, size); }
+
+/* a * b modulo the polynomial; both are reflected, the coefficient of x^0 is the highest bit. */
+static u32 multiplied(u32 a, u32 b) {
+    u32 product = 0;
+    for (u32 bit = (u32)1 << 31; bit; bit >>= 1) {
+        if (a & bit) product ^= b;
+        b = b & 1 ? b >> 1 ^ 0xEDB88320u : b >> 1;
+    }
+    return product;
+}
+
+u32 crc32_joined(u32 first, u32 second, size_t size) {
+    u32 power = (u32)1 << 23; /* x^8, then its squares */
+    for (; size; size >>= 1, power = multiplied(power, power))
+        if (size & 1) first = multiplied(power, first);
+    return first ^ second;
+}

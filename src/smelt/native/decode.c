@@ -3,159 +3,42 @@
 #include <stdlib.h>
 
 #include "rans.h"
-#include "split.h"
+#include "symbols.h"
 
-enum { DEPTH = 8, BATCH = 8192, MOST = 1 << 20 /* elements of a chunk */ };
+enum { DEPTH = 8 };
 enum { WITHIN = 16 /* added to the depth inside of NONZERO */ };
 
 static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int width, int level, int depth);
 
-/* ---- symbols by rANS */
-
-typedef struct {
-    const u8 *at, *end; /* the list, checked before */
-    u64 left;
-    size_t position;
-    u8 symbol;
-} escapes;
-
-static void next_escape(escapes *e) {
-    u64 gap;
-    if (!e->left) {
-        e->position = SIZE_MAX;
-        return;
-    }
-    e->left--;
-    e->at += get_varint(e->at, (size_t)(e->end - e->at), &gap);
-    e->position += (size_t)gap, e->symbol = *e->at++;
-}
-
-/* Checks the list of escapes; returns the bytes it takes, or DAMAGED. */
-static int64_t read_escapes(const u8 *in, size_t size, size_t count, escapes *e) {
-    u64 number, gap, position = 0;
-    size_t n = get_varint(in, size, &number);
-    if (!n || number > count) return DAMAGED;
-    *e = (escapes){in + n, in + size, number, 0, 0};
-    for (u64 i = 0; i < number; i++) {
-        size_t used = get_varint(in + n, size - n, &gap);
-        if (!used || n + used >= size || (i && !gap)) return DAMAGED;
-        n += used + 1, position += gap;
-        if (position >= count) return DAMAGED;
-    }
-    next_escape(e);
-    return (int64_t)n;
-}
-
-/* Whether all symbols have at most `bits` bits. */
-static int narrow_enough(const u8 *symbols, size_t count, int bits) {
-    u8 any = 0;
-    for (size_t i = 0; i < count && bits < 8; i++) any |= symbols[i];
-    return any >> bits == 0;
-}
-
-static int run(const rans_table *table, rans_lanes *lanes, int number, size_t count, u8 *out, int level) {
-    size_t done = 0;
-    if (number == LANES && count >= LANES) {
-#if defined(SMELT_X86)
-        if (level >= AVX512) done = LANES * rans_run_avx512(table, lanes, count / LANES, out);
-        else if (level == SIMD) done = LANES * rans_run_avx2(table, lanes, count / LANES, out);
-#elif defined(SMELT_NEON)
-        if (level >= SIMD) done = LANES * rans_run_neon(table, lanes, count / LANES, out);
-#endif
-    }
-    (void)level;
-    return done < count ? rans_run_portable(table, lanes, number, count - done, out + done) : OK;
-}
-
-typedef struct {
-    rans_plan plan;
-    rans_table table[MAX_TABLES];
-    rans_lanes lanes;
-    u8 symbols[BATCH];
-} workspace;
-
-static int decode_rans(const u8 *in, size_t size, const u8 *parts, cut c, u8 *out, size_t count, int level,
-                       workspace *work, u8 *classes) {
-    rans_plan *plan = &work->plan;
-    rans_lanes *lanes = &work->lanes;
-    const size_t blocks = (count + BLOCK - 1) / BLOCK;
-    int64_t n = rans_read_head(plan, classes, blocks, in, size);
-    if (n < 0) return DAMAGED;
-    in += n, size -= (size_t)n;
-    escapes e = {in, in, 0, SIZE_MAX, 0};
-    if (plan->escape >= 0) {
-        if ((n = read_escapes(in, size, count, &e)) < 0) return DAMAGED;
-        in += n, size -= (size_t)n;
-    }
-    const int number = plan->lanes;
-    if (size < 4 * (size_t)number || (size & 1)) return DAMAGED;
-    for (int i = 0; i < number; i++, in += 4) {
-        lanes->low[i] = get16(in), lanes->high[i] = get16(in + 2);
-        if (!lanes->high[i]) return DAMAGED;
-    }
-    lanes->words = in, lanes->end = in + size - 4 * (size_t)number;
-    for (int t = 0; t < plan->tables; t++) rans_build(plan, t, &work->table[t], NULL);
-
-    const int straight = c.width == 1 && !c.rest && !c.rotate;
-    int error = OK;
-    for (size_t begin = 0; begin < count && !error;) {
-        const rans_table *table = &work->table[plan->tables > 1 ? classes[begin / BLOCK] : 0];
-        const size_t left = count - begin, most = plan->tables > 1 ? BLOCK - begin % BLOCK : BATCH;
-        const size_t now = left < most ? left : most;
-#if defined(SMELT_X86)
-        if (c.width == 2 && c.rest == 8 && c.rotate && level >= AVX512 && number == LANES) {
-            const size_t steps = (plan->tables > 1 ? now : left) / LANES;
-            const size_t done = LANES * rans_run_bf16_avx512(table, lanes, steps, parts + begin, out + 2 * begin);
-            for (; e.position < begin + done; next_escape(&e)) {
-                u32 x = (u32)e.symbol << 8 | parts[e.position];
-                put16(out + 2 * e.position, (u16)(x >> 1 | x << 15));
-            }
-            begin += done;
-            if (done) continue;
-        }
-#endif
-        u8 *symbols = straight ? out + begin : work->symbols;
-        error = run(table, lanes, number, now, symbols, level);
-        for (; e.position < begin + now; next_escape(&e)) symbols[e.position - begin] = e.symbol;
-        if (!narrow_enough(symbols, now, 8 * c.width - c.rest)) return DAMAGED;
-        if (!straight) join_elements(level, c, symbols, parts, count, begin, now, out + (size_t)c.width * begin);
-        begin += now;
-    }
-    if (error || lanes->words != lanes->end) return DAMAGED;
-    for (int i = 0; i < number; i++)
-        if (lanes->high[i] != 1 || lanes->low[i]) return DAMAGED;
-    return OK;
-}
-
-/* ---- kinds of bodies */
-
-static int decode_symbols(const u8 *in, size_t size, const u8 *parts, cut c, u8 *out, size_t count, int level) {
-    int error;
-    if (!size) return DAMAGED;
-    if (in[0] >> 4 == 1) {
-        workspace *work = malloc(sizeof *work + count / BLOCK + 1);
-        if (!work) return NO_MEMORY;
-        error = decode_rans(in, size, parts, c, out, count, level, work, (u8 *)(work + 1));
-        free(work);
-        return error;
-    }
-    if (c.width == 1 && !c.rest && !c.rotate) return huffman_decode(in, size, out, count);
-    u8 *plane = malloc(count);
-    if (!plane) return NO_MEMORY;
-    error = huffman_decode(in, size, plane, count);
-    if (!error && !narrow_enough(plane, count, 8 * c.width - c.rest)) error = DAMAGED;
-    if (!error) join_elements(level, c, plane, parts, count, 0, count, out);
-    free(plane);
-    return error;
-}
-
-static int decode_split(const u8 *in, size_t size, u8 *out, size_t count, int width, int level) {
+/* `crc`: what the body, which begins a byte before `in`, should have; or NULL. */
+static int decode_split(const u8 *in, size_t size, u8 *out, size_t count, int width, int level, const u32 *crc) {
     if (!size || in[0] & 128) return DAMAGED;
     const cut c = {width, in[0] & 63, in[0] >> 6};
     const int bits = 8 * width - c.rest;
     const size_t raw = 1 + parts_size(count, c.rest);
     if (bits < 1 || bits > 8 || size < raw) return DAMAGED;
-    return decode_symbols(in + raw, size - raw, in + 1, c, out, count, level);
+    checksum sum = {0};
+    if (crc) { /* [kind and cut, a part], [a part], ..., [symbols] */
+        const u8 *at = in + 1;
+        sum.crc = *crc;
+        for (int part = 32; part; part /= 2)
+            if (c.rest & part) {
+                const u8 *end = at + parts_size(count, part);
+                sum.pieces[sum.number++] = (piece){at, at, end, 0};
+                at = end;
+            }
+        sum.pieces[sum.number++] = (piece){at, at, in + size, 0};
+        sum.pieces[0].begin = sum.pieces[0].at = in - 1;
+        sum_up(&sum.pieces[0], in + 1, level);
+        if (sum.number > 1) sum.pieces[0].begin = in + 1;
+    }
+    return decode_symbols(in + raw, size - raw, in + 1, c, out, count, level, &sum);
+}
+
+static int decode_bytes(const u8 *in, size_t size, u8 *out, size_t count, int level, const u32 *crc) {
+    checksum sum = {0};
+    if (crc) sum.number = 1, sum.crc = *crc, sum.pieces[0] = (piece){in - 1, in - 1, in + size, 0};
+    return decode_symbols(in, size, in, (cut){1, 0, 0}, out, count, level, &sum);
 }
 
 /* Bytes of `count` elements, plane by plane, to elements. */
@@ -290,7 +173,7 @@ static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int wid
         else
             for (size_t i = 0; i < count; i++) memcpy(out + i * size, in, size);
         return OK;
-    case SPLIT: return decode_split(in, size, out, count, width, level);
+    case SPLIT: return decode_split(in, size, out, count, width, level, NULL);
     case PLANES: return decode_planes(in, size, out, count, width, level, depth);
     case UPPER:
     case LOWER:
@@ -301,7 +184,7 @@ static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int wid
         if (!error) add(out, count, width, in);
         return error;
     }
-    case BYTES: return width == 1 ? decode_symbols(in, size, in, (cut){1, 0, 0}, out, count, level) : DAMAGED;
+    case BYTES: return width == 1 ? decode_bytes(in, size, out, count, level, NULL) : DAMAGED;
     case NONZERO: /* in each other they would multiply the work */
         return depth < WITHIN ? decode_nonzero(in, size, out, count, width, level, depth + WITHIN) : DAMAGED;
     case BITS: return width == 1 ? decode_bits(in, size, out, count, level, depth) : DAMAGED;
@@ -316,4 +199,15 @@ SMELT_API int smelt_chunk_decode(const u8 *body, size_t size, void *elements, si
     if (width != 1 && width != 2 && width != 4 && width != 8) return WRONG_CALL;
     if (!count || count > MOST) return WRONG_CALL;
     return decode_body(body, size, elements, count, width, level < 0 || level > best ? best : level, 0);
+}
+
+/* The same, and DAMAGED where the CRC-32 of the body differs; it is taken while the body is decoded, if it can be. */
+SMELT_API int smelt_chunk_decode_checked(const u8 *body, size_t size, void *elements, size_t count, int width,
+                                         int level, u32 crc) {
+    const int best = best_level(), used = level < 0 || level > best ? best : level;
+    if ((width != 1 && width != 2 && width != 4 && width != 8) || !count || count > MOST) return WRONG_CALL;
+    if (size && body[0] == SPLIT) return decode_split(body + 1, size - 1, elements, count, width, used, &crc);
+    if (size && body[0] == BYTES && width == 1) return decode_bytes(body + 1, size - 1, elements, count, used, &crc);
+    if (crc32_at(used, 0, body, size) != crc) return DAMAGED;
+    return decode_body(body, size, elements, count, width, used, 0);
 }

@@ -113,8 +113,10 @@ static cut best_cut(const u32 *counts, size_t count, int width, int rotate, int 
     return found;
 }
 
-/* [SPLIT, cut, parts, symbols] or [BYTES, symbols]; NO_ROOM where that does not fit.  tops: the highest 8 bits of every element after
-   the rotation, whose lowest bits are dropped here to make them symbols; counts: of the tops. */
+/* [SPLIT, cut, parts, symbols] or [BYTES, symbols]; NO_ROOM where that does not fit.
+
+   x: the elements, or NULL where the parts are written already.  tops: the highest 8 bits of every element after the
+   rotation, whose lowest bits are dropped here to make them symbols; counts: of the tops. */
 static int64_t write_split(const u8 *x, size_t count, cut c, u8 *tops, const u32 *counts, choice *plan, sink to) {
     const size_t raw = parts_size(count, c.rest);
     const int dropped = c.rest + 8 - 8 * c.width;
@@ -123,7 +125,7 @@ static int64_t write_split(const u8 *x, size_t count, cut c, u8 *tops, const u32
     const int plain = c.width == 1 && !c.rest && !c.rotate;
     const size_t head = plain ? 1 : 2;
     to.out[0] = plain ? BYTES : SPLIT, to.out[1] = (u8)(c.rest | c.rotate << 6);
-    if (c.rest) split_elements(to.level, c, x, count, NULL, to.out + 2);
+    if (c.rest && x) split_elements(to.level, c, x, count, NULL, to.out + 2);
     for (int s = 0; s < 256; s++) merged[s >> dropped] += counts[s];
     for (size_t i = 0; dropped && i < count; i++) tops[i] = (u8)(tops[i] >> dropped);
     const sink rest = {to.coder, to.level, to.out + head + raw, to.cap - head - raw};
@@ -266,10 +268,12 @@ static int64_t encode_cut(const u8 *x, size_t count, int width, int kind, sink t
     u64 least;
     u8 *tops = malloc(count);
     if (!tops) return NO_MEMORY;
-    split_elements(to.level, (cut){width, 8 * width - 8, 1}, x, count, tops, NULL);
+    const cut usual = {width, 8 * width - 8, 1}; /* its parts are written at once */
+    const int room = to.cap >= parts_size(count, usual.rest) + 8;
+    split_elements(to.level, usual, x, count, tops, room ? to.out + 2 : NULL);
     histogram(tops, count, counts);
     const cut c = best_cut(counts, count, width, 1, kind == E5 ? 3 : 0, to.coder, &best, &least);
-    const int64_t n = write_split(x, count, c, tops, counts, &best, to);
+    const int64_t n = write_split(room && c.rest == usual.rest ? NULL : x, count, c, tops, counts, &best, to);
     free(tops);
     return n;
 }

@@ -61,7 +61,11 @@ typedef struct {
    the order of the symbols.  Returns how many steps it did: all, or fewer where the words near their end, so that
    a full vector might be read past it; the portable decoder does the rest.  Never reads outside words..end. */
 typedef size_t rans_run(const rans_table *table, rans_lanes *lanes, size_t steps, u8 *out);
-rans_run rans_run_avx512, rans_run_avx2, rans_run_neon;
+rans_run rans_run_avx2, rans_run_neon;
+
+/* The same, with the table of each BLOCK of symbols: tables[classes[0]] for the first, and so on; classes may be NULL
+   for tables[0].  Does nothing where there are 256 buckets, which do not fit in registers. */
+size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out);
 
 /* Any number of lanes, `count` <= lanes * steps symbols of which the last step may be short (its other lanes are
    decoded and dropped).  Returns OK or DAMAGED (words at an end). */
@@ -80,6 +84,8 @@ int huffman_decode(const u8 *in, size_t size, u8 *out, size_t count);
 /* ---- crc32.c: that of zlib and PNG */
 SMELT_API u32 smelt_crc32(u32 crc, const u8 *data, size_t size);
 u32 crc32_at(int level, u32 crc, const u8 *data, size_t size);
+/* That of two pieces of data one after the other; `size` bytes are in the second. */
+u32 crc32_joined(u32 first, u32 second, size_t size);
 
 /* ---- little-endian access wherever it lies */
 #if defined(_WIN32) || (defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)

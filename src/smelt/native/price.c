@@ -144,7 +144,15 @@ typedef struct {
     u8 classes[BLOCKS];
 } block_counts;
 
-static void count_block(const u8 *entries, size_t number, int16_t *counts) {
+static void count_block(const u8 *entries, size_t number, int used, int level, int16_t *counts) {
+#if defined(SMELT_X86)
+    if (level >= AVX512) {
+        memset(counts, 0, ENTRIES * sizeof *counts);
+        count_avx512(entries, number, used, counts);
+        return;
+    }
+#endif
+    (void)level, (void)used;
     u32 t[4][256];
     size_t j = 0;
     for (int i = 0; i < 4; i++) memset(t[i], 0, ENTRIES * sizeof(u32));
@@ -228,11 +236,12 @@ static void map_symbols(const u8 *map, const u8 *symbols, size_t count, int leve
 }
 
 /* Counts every `step`th block from the first on; returns the price of all symbols in them under the single table. */
-static u64 count_blocks(block_counts *b, const u8 *entries, size_t count, size_t step, const int16_t *single) {
+static u64 count_blocks(block_counts *b, const u8 *entries, size_t count, size_t step, int used, int level,
+                        const int16_t *single) {
     u64 price = 0;
     for (size_t i = 0, begin = 0; begin < count; i++, begin += step * BLOCK) {
         const size_t number = count - begin < BLOCK ? count - begin : BLOCK;
-        count_block(entries + begin, number, b->counts[i]);
+        count_block(entries + begin, number, used, level, b->counts[i]);
         b->feature[i] = cost_of(b->counts[i], single);
         price += (u64)b->feature[i] << 6;
     }
@@ -250,11 +259,11 @@ int map_and_group(choice *c, const u8 *symbols, size_t count, int level, u8 *ent
     costs_of(c->counts, plan->entries, single);
     u64 alone, best = 0;
     if (blocks >= 8 * SAMPLE) { /* a look at some of the blocks first: most tensors have nothing to gain */
-        alone = count_blocks(b, entries, count, SAMPLE, single);
+        alone = count_blocks(b, entries, count, SAMPLE, plan->entries, level, single);
         best = alone - alone / 256 + head_bits(plan->entries, MAX_TABLES);
         if (group(b, (blocks + SAMPLE - 1) / SAMPLE, plan->entries, MAX_TABLES) > best) goto end;
     }
-    alone = count_blocks(b, entries, count, 1, single) + head_bits(plan->entries, 1);
+    alone = count_blocks(b, entries, count, 1, plan->entries, level, single) + head_bits(plan->entries, 1);
     best = alone - alone / 1000;
     for (int tables = MAX_TABLES; tables > 1; tables /= 2) {
         const u64 price = group(b, blocks, plan->entries, tables);

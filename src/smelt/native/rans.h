@@ -38,10 +38,14 @@ typedef size_t rans_code(const rans_coder *coders, const rans_plan *plan, const 
 rans_code rans_code_portable, rans_code_avx512;
 
 /* rans_run_avx512 with exponents joined to sign and mantissa: out = u16 (symbol << 8 | rest), rotated right by one bit. */
-size_t rans_run_bf16_avx512(const rans_table *table, rans_lanes *lanes, size_t steps, const u8 *rest, u8 *out);
+size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
+                            const u8 *rest, u8 *out);
 
 /* out[i] = map[in[i]]; count is a multiple of 64. */
 void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out);
+
+/* How often each entry below `used` stands in `entries`. */
+void count_avx512(const u8 *entries, size_t count, int used, int16_t *counts);
 
 static inline int log2_of(u32 v) {
     int n = 0;

@@ -66,15 +66,22 @@ TARGET static inline __m512i next(const registers *t, int shift, __m512i *high, 
 /* A step takes at most 256 bytes, and its last vector of words begins no later than byte 192. */
 #define FAR (lanes->end - w >= 256)
 
+/* Steps until the table changes: all of them where there is one table. */
+#define EACH_TABLE(VALUE_SHIFT)                                                                                        \
+    for (size_t stop; done < steps && FAR;) {                                                                          \
+        const registers t = load(tables + (classes ? *classes++ : 0), VALUE_SHIFT);                                    \
+        stop = classes && steps - done > BLOCK / LANES ? done + BLOCK / LANES : steps;                                 \
+        for (; done < stop && FAR; done++)
+
 #define RUN(NAME, SHIFT)                                                                                               \
-    TARGET static size_t NAME(const rans_table *table, rans_lanes *lanes, size_t steps, u8 *out) {                     \
-        const registers t = load(table, 0);                                                                            \
+    TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) { \
         LOAD_LANES                                                                                                     \
-        for (; done < steps && FAR; done++, out += LANES) {                                                            \
+        EACH_TABLE(0) {                                                                                                \
             _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
                 __m512i value = next(&t, SHIFT, high + g, low + g, &w);                                                \
-                _mm256_storeu_si256((__m256i *)(out + 32 * g), _mm512_cvtepi16_epi8(value));                           \
+                _mm256_storeu_si256((__m256i *)(out + LANES * done + 32 * (size_t)g), _mm512_cvtepi16_epi8(value));    \
             }                                                                                                          \
+        }                                                                                                              \
         }                                                                                                              \
         STORE_LANES                                                                                                    \
     }
@@ -83,31 +90,34 @@ RUN(run32, 5)
 
 /* Exponents joined at once: out = (value << 8 | rest) rotated right by one bit. */
 #define RUN_BF16(NAME, SHIFT)                                                                                          \
-    TARGET static size_t NAME(const rans_table *table, rans_lanes *lanes, size_t steps, const u8 *rest, u8 *out) {     \
-        const registers t = load(table, 8);                                                                            \
+    TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,            \
+                              const u8 *rest, u8 *out) {                                                               \
         LOAD_LANES                                                                                                     \
-        for (; done < steps && FAR; done++, rest += LANES, out += 2 * LANES) {                                         \
+        EACH_TABLE(8) {                                                                                                \
             _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
+                const size_t at = LANES * done + 32 * (size_t)g;                                                       \
                 __m512i x = next(&t, SHIFT, high + g, low + g, &w);                                                    \
-                x = _mm512_or_si512(x, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + 32 * g))));    \
-                _mm512_storeu_si512(out + 64 * g, _mm512_shrdi_epi16(x, x, 1));                                        \
+                x = _mm512_or_si512(x, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + at))));        \
+                _mm512_storeu_si512(out + 2 * at, _mm512_shrdi_epi16(x, x, 1));                                        \
             }                                                                                                          \
+        }                                                                                                              \
         }                                                                                                              \
         STORE_LANES                                                                                                    \
     }
 RUN_BF16(bf16_16, 4)
 RUN_BF16(bf16_32, 5)
 
-size_t rans_run_avx512(const rans_table *table, rans_lanes *lanes, size_t steps, u8 *out) {
-    return table->buckets == 16   ? run16(table, lanes, steps, out)
-           : table->buckets == 32 ? run32(table, lanes, steps, out)
-                                  : rans_run_avx2(table, lanes, steps, out); /* 256 do not fit in registers */
+size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) {
+    return tables->buckets == 16   ? run16(tables, classes, lanes, steps, out)
+           : tables->buckets == 32 ? run32(tables, classes, lanes, steps, out)
+                                   : 0;
 }
 
-size_t rans_run_bf16_avx512(const rans_table *table, rans_lanes *lanes, size_t steps, const u8 *rest, u8 *out) {
-    return table->buckets == 16   ? bf16_16(table, lanes, steps, rest, out)
-           : table->buckets == 32 ? bf16_32(table, lanes, steps, rest, out)
-                                  : 0;
+size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
+                            const u8 *rest, u8 *out) {
+    return tables->buckets == 16   ? bf16_16(tables, classes, lanes, steps, rest, out)
+           : tables->buckets == 32 ? bf16_32(tables, classes, lanes, steps, rest, out)
+                                   : 0;
 }
 
 /* Of `spread` what whole vectors do; stops where one might read beyond the values. */
@@ -140,6 +150,25 @@ TARGET void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out) {
         const __m512i x = _mm512_loadu_si512(in + i);
         const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
         _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
+    }
+}
+
+/* One comparison an entry and vector: with few entries faster than a table of counters. */
+TARGET void count_avx512(const u8 *entries, size_t count, int used, int16_t *counts) {
+    __m512i x[16];
+    for (; count; entries += 1024, count -= count < 1024 ? count : 1024) {
+        const size_t number = count < 1024 ? count : 1024;
+        for (size_t i = 0; i < 16; i++) {
+            const size_t left = number > 64 * i ? number - 64 * i : 0;
+            const __mmask64 here = left >= 64 ? ~(u64)0 : ((u64)1 << left) - 1;
+            x[i] = _mm512_mask_loadu_epi8(_mm512_set1_epi8(-1), here, entries + (here ? 64 * i : 0));
+        }
+        for (int s = 0; s < used; s++) {
+            const __m512i symbol = _mm512_set1_epi8((char)s);
+            u64 sum = 0;
+            for (int i = 0; i < 16; i++) sum += (u64)__builtin_popcountll(_mm512_cmpeq_epi8_mask(x[i], symbol));
+            counts[s] = (int16_t)(counts[s] + (int)sum);
+        }
     }
 }
 

@@ -29,6 +29,7 @@ GROUPS = 4  # per thread, so that none waits long for another
 DAMAGED, NO_MEMORY = -1, -2
 
 _T = TypeVar("_T")
+_NONE = np.empty(0, np.uint8)
 
 
 def bound(count: int, width: int, chunk: int = LARGEST) -> int:
@@ -215,27 +216,35 @@ class Stream:
         at, to = data.ctypes.data, out.ctypes.data
         stop = start + out.size
 
-        def read(i: int) -> None:
+        def decode(i: int, count: int, place: int) -> np.ndarray:
+            """Chunk i at address `place`; without the library as an array instead."""
             begin, end = self._at[i], self._at[i + 1]
+            crc = None
+            if self.checks:
+                begin += CRC
+                crc = int.from_bytes(data[begin - CRC : begin], "little")
+            if library is None:
+                require(crc is None or native.crc32(data[begin:end]) == crc, "its checksum differs")
+                return portable.decode_chunk(data[begin:end], count, width)
+            if crc is None:
+                _check(library.smelt_chunk_decode(at + begin, end - begin, place, count, width, -1))
+                return _NONE
+            result = library.smelt_chunk_decode_checked(at + begin, end - begin, place, count, width, -1, crc)
+            require(result != DAMAGED or native.crc32(data[begin:end]) == crc, "its checksum differs")
+            _check(result)
+            return _NONE
+
+        def read(i: int) -> None:
             low, high = i << chunk, min((i + 1) << chunk, self.count)
             try:
-                if self.checks:
-                    begin += CRC
-                    crc = int.from_bytes(data[begin - CRC : begin], "little")
-                    require(native.crc32(data[begin:end]) == crc, "its checksum differs")
-                whole = start <= low and high <= stop
-                if library is None:
-                    found = portable.decode_chunk(data[begin:end], high - low, width)
-                elif whole:
-                    place = to + (low - start) * width
-                    _check(library.smelt_chunk_decode(at + begin, end - begin, place, high - low, width, -1))
+                if start <= low and high <= stop and library is not None:
+                    decode(i, high - low, to + (low - start) * width)
                     return
-                else:
-                    found = np.empty(high - low, out.dtype)
-                    place = found.ctypes.data
-                    _check(library.smelt_chunk_decode(at + begin, end - begin, place, high - low, width, -1))
+                found = np.empty(high - low, out.dtype)
+                decoded = decode(i, high - low, found.ctypes.data)
             except ValueError as error:
                 raise ValueError(f"chunk {i}: {error}") from None
+            found = decoded if library is None else found
             a, b = max(low, start), min(high, stop)
             out[a - start : b - start] = found[a - low : b - low]
 

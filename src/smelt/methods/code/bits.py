@@ -22,7 +22,7 @@ class Bits(Lossless):
     needs data: no
     needs training: no
     good at: masks and codes that are about equally frequent; the cheapest to read
-    bad at: skewed frequencies (code.huffman), floating values (no gain)
+    bad at: skewed frequencies (code.entropy), floating values (no gain)
     source: https://en.wikipedia.org/wiki/Bit_array
     """
 

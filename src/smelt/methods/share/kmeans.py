@@ -36,7 +36,7 @@ class KMeans(Codec):
     needs a pretrained model: yes
     needs data: no; a few batches for weighted: true
     needs training: at 4 or fewer bits per weight, to tune the centers
-    good at: small files at 2 to 5 bits per weight, best with code.huffman after it
+    good at: small files at 2 to 5 bits per weight, best with code.entropy after it
     bad at: speed: dense kernels decode first; small tensors, where the codebook weighs
     source: Han et al. 2016, arXiv:1510.00149; Wang & Song 2011, R Journal 3(2); Choi et al. 2017, arXiv:1612.01543
     """
