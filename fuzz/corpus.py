@@ -18,7 +18,20 @@ from compare import HEAD, by_library, parse
 from smelt.native._parts import parts_size
 from smelt.native.portable import decode_chunk
 
-KINDS = ["raw", "constant", "split", "planes", "upper", "half", "offset", "lower", "bits", "nibbles", "bytes", "nonzero"]
+KINDS = [
+    "raw",
+    "constant",
+    "split",
+    "planes",
+    "upper",
+    "half",
+    "offset",
+    "lower",
+    "bits",
+    "nibbles",
+    "bytes",
+    "nonzero",
+]
 LARGEST = 4096  # bytes of a body
 # A raw plane was once taken at any depth: eight offsets around two planes of a byte.
 BY_HAND = {"refused-raw-plane-too-deep": bytes([1, 0, 0, 0]) + bytes([6, 0, 0]) * 8 + bytes([3, 2, 0, 7, 0, 7])}

@@ -57,11 +57,11 @@ def _summary(verb: str, done: Packed) -> str:
     notes += [f"{done.skipped} finished before"] if done.skipped else []
     notes += [f"{done.copied} other files copied"] if done.copied else []
     speed = f"{done.seconds:.1f} s, {done.before / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s"
-    what = (
-        f"{done.ratio():.3f}x smaller than {done.source}, without loss"
-        if verb == "pack"
-        else "as it was, byte for byte"
-    )
+    what = f"{done.ratio():.3f}x smaller than {done.source}, without loss"
+    if done.ratio() < 1:  # a few tensors of a few numbers
+        what = f"{done.source} has {done.before:,}"
+    if verb == "unpack":
+        what = "as it was, byte for byte"
     return f"wrote {done.output}: {size:,} bytes, {what} ({', '.join([*notes, speed])})"
 
 

@@ -114,6 +114,14 @@ def test_the_interface_of_safe_open(plain: Path, packed: Path) -> None:
                 call("matrx")
 
 
+def test_closed(packed: Path) -> None:
+    with smelt.open(packed) as file:
+        part = file.get_slice("matrix")
+    for read in (lambda: file.get_tensor("matrix"), lambda: file.get_tensor("scalar"), lambda: part[0]):
+        with pytest.raises(FileError, match="it is closed"):
+            read()
+
+
 def test_numpy(plain: Path, packed: Path) -> None:
     for framework in ("np", "numpy"):
         with smelt.open(packed, framework) as ours, safe_open(plain, framework) as theirs:

@@ -335,6 +335,42 @@ def test_a_wrong_copy_is_not_kept(source: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.listdir(source.parent) == ["model.safetensors"]
 
 
+def test_a_damaged_part_is_not_gone_on_from_for_ever(source: Path) -> None:
+    class Stop(Progress):
+        def advance(self, done: int, total: int, text: str = "") -> None:
+            if text == "reading back":
+                raise KeyboardInterrupt
+
+    part = source.with_name("model.smelt.part")
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, progress=Stop())
+    data = bytearray(part.read_bytes())
+    data[2000] ^= 64
+    part.write_bytes(data)
+    with pytest.raises(OutputError, match="would not restore"):
+        pack(source)
+    assert os.listdir(source.parent) == ["model.safetensors"]
+    assert pack(source).resumed == 0
+
+
+def test_two_at_once(source: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with open(source.with_name("model.smelt.part.jsonl"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another smelt pack is writing it"):
+            pack(source)
+    pack(source)
+
+
+def test_a_source_of_the_name_of_the_part(source: Path, tmp_path: Path) -> None:
+    for name in ("x.smelt.part", "x.smelt.part.jsonl"):
+        other = Path(shutil.copy(source, tmp_path / name))
+        with pytest.raises(OutputError, match="rename it"):
+            pack(other, tmp_path / "x.smelt")
+        assert other.read_bytes() == source.read_bytes()
+        other.unlink()
+
+
 def test_a_checkpoint_that_changes_meanwhile(source: Path) -> None:
     class Touch(Progress):
         def advance(self, done: int, total: int, text: str = "") -> None:

@@ -84,9 +84,18 @@ def resolve(settings: T, progress: float) -> T:
     moving = ramps(settings)
     if not moving:
         return settings
-    hints = typing.get_type_hints(type(settings))
+    hints = _hints(type(settings))
     values = {k: r.at(progress) for k, r in moving.items()}
     return replace(settings, **{k: round(v) if _plain(hints[k]) is int else v for k, v in values.items()})  # type: ignore[type-var]
+
+
+_HINTS: dict[type, dict[str, Any]] = {}  # a file may have a form for each of a hundred thousand tensors
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def ramps(settings: Any) -> dict[str, Ramp]:
@@ -124,7 +133,7 @@ SPECIAL = ("ramp", "choose", "allocate")
 
 def check(settings: Any, where: str) -> None:
     """Raise RecipeError for a value of the wrong type or out of range."""
-    hints = typing.get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for f in fields(settings):
         value = getattr(settings, f.name)
         if isinstance(value, Ramp):

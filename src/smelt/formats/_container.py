@@ -302,6 +302,10 @@ class Container:
         """Let go of the map; tensors on it keep it."""
         self._map = memoryview(b"")
 
+    @property
+    def closed(self) -> bool:
+        return not self._map
+
     def place(self, slots: Sequence[Slot], sealed: Collection[int] = ()) -> None:
         """Say what the leaves are, and which need no checksum.  Raises FileError unless they fill the file exactly."""
         sizes = [slot.nbytes for slot in slots]

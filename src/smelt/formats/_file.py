@@ -19,7 +19,8 @@ from smelt.formats._container import Container, to_bytes
 from smelt.formats._meta import Node, Reader, Resting, brief, pairs
 from smelt.formats._slice import Slice
 from smelt.formats.safetensors import Origin, name_of
-from smelt.forms.entropy import Entropy
+from smelt.forms.entropy import Entropy, opened
+from smelt.native.stream import UNCOUNTED, Stream
 
 # A file with n bytes of leaves may claim at most 2^24 + 2^14 n elements (a pruned tensor takes few bytes).
 ELEMENTS, ELEMENTS_PER_BYTE = 1 << 24, 1 << 14
@@ -71,6 +72,7 @@ class File:
         self._spans: dict[str, range] = {}
         self._leaves: dict[int, Tensor] = {}
         self._nodes: dict[Node, Encoded] = {}
+        self._streams: dict[int, Stream] = {}
         self._memo: dict[int, Any] = {}
         with self.blame("damaged"):
             self._meta = _judged(self._container.meta)
@@ -113,7 +115,7 @@ class File:
     def close(self) -> None:
         """Let go of the file; tensors that lie on it keep it mapped."""
         self._container.close()
-        self._leaves, self._nodes, self._memo = {}, {}, {}
+        self._leaves, self._nodes, self._memo, self._streams = {}, {}, {}, {}
 
     @property
     def path(self) -> Path:
@@ -314,8 +316,13 @@ class File:
         """Elements from `begin` on into `out` [n]."""
         form, leaf = coded
         with self.blame(f"tensor {name!r} cannot be decoded"):
-            stream = self._container.leaf(leaf).numpy()
-            form.decode_into(stream, out, self.numel(name), begin, self.threads or None)
+            stream: Any = self._streams.get(leaf)
+            if stream is None:
+                stream = self._container.leaf(leaf).numpy()
+                if self._reader.uses[leaf] > 1 and stream.size and not stream[0] & UNCOUNTED:
+                    # Neighbours are read one after the other, often from the same chunk.
+                    stream = self._streams[leaf] = opened(stream, 0)
+            form.decode_into(stream, out, self.numel(name), begin, self.threads)
 
     def leaf(self, i: int) -> Tensor:
         """A leaf by its number; one that is used twice is one tensor."""
@@ -346,6 +353,8 @@ class File:
         return found
 
     def _root(self, name: str) -> Node | int:
+        if self._container.closed:
+            raise self.error("it is closed")
         if name not in self._roots:
             raise self.error(f"no tensor {name!r}{nearest(name, self._roots)}")
         return self._roots[name]

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from smelt.core.encoded import Encoded
-from smelt.core.errors import OutputError
+from smelt.core.errors import FileError, OutputError
 from smelt.core.store import NODE_BYTES
 from smelt.formats._container import ELEMENTS, HEADER, Slot
 from smelt.formats._file import File
@@ -32,6 +32,11 @@ from smelt.formats.safetensors import Checkpoint, Entry, Header, Origin
 from smelt.forms.entropy import Entropy, kind_of, least
 from smelt.native.stream import LARGEST, encode
 from smelt.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SMALL = 1 << 16  # tensors of fewer elements share a stream
 SHARED = 1 << 20  # elements that share one at most
@@ -106,6 +111,18 @@ class Done:
     sha256: str
 
 
+@contextmanager
+def _alone(journal: Path, output: Path) -> Iterator[None]:
+    """Nobody else writes the same part file meanwhile (where the system has such locks)."""
+    with open(journal, "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"{str(output)!r}: another smelt pack is writing it") from None
+        yield
+
+
 class Packing:
     """Beside `output` lie the growing file and the journal, which has a line for each unit.
 
@@ -118,6 +135,9 @@ class Packing:
         self.source, self.output, self.threads, self.count = source, output, threads, count
         self.part = output.with_name(output.name + PART)
         self.journal = output.with_name(output.name + JOURNAL)
+        for path in (self.part, self.journal):
+            if path.exists() and path.samefile(source.path):
+                raise OutputError(f"{str(source.path)!r} is what {str(output)!r} would be written through; rename it")
         self.units = units(source.header)
         self.hash = hashlib.sha256(source.header.raw)
         self.buffers = make_buffers(threads)
@@ -128,9 +148,13 @@ class Packing:
         """Write the whole file and compare what it restores.
 
         Raises:
-            OutputError: it would not restore the checkpoint.
+            OutputError: it would not restore the checkpoint, or somebody else is writing it.
             FileError: the checkpoint changed meanwhile.
         """
+        with _alone(self.journal, self.output):
+            return self._run()
+
+    def _run(self) -> Origin:
         done = self._before()
         with ThreadPoolExecutor(1) as pool, open(self.part, "r+b" if done else "w+b") as file:
             growing = Growing(file, done[-1].at if done else HEADER.size)
@@ -145,13 +169,15 @@ class Packing:
             leaves = [Leaf(n, crc, bytes.fromhex(small)) for one in done for n, crc, small in one.leaves]
             growing.finish({"tensors": self._tensors(done), "origin": origin.to_plain()}, leaves)
             os.fsync(file.fileno())
-        with File(self.part, threads=self.threads) as packed:
-            if sha256_of(restored(packed, self.buffers), self.count) != origin.sha256:
-                self.forget()
-                raise OutputError(
-                    f"{str(self.output)!r} would not restore {str(self.source.path)!r} byte for byte, and was dropped; "
-                    "run the same again, and check the disk and the memory of this machine"
-                )
+        same = False
+        with suppress(FileError), File(self.part, threads=self.threads) as packed:
+            same = sha256_of(restored(packed, self.buffers), self.count) == origin.sha256
+        if not same:
+            self.forget()
+            raise OutputError(
+                f"{str(self.output)!r} would not restore {str(self.source.path)!r} byte for byte, and was dropped; "
+                "run the same again, and check the disk and the memory of this machine"
+            )
         self.source.check_unchanged()
         return origin
 

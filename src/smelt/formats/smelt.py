@@ -138,7 +138,11 @@ def load(path: str | Path, into: nn.Module | None = None, *, trust: bool = False
         FileError: a damaged, foreign or newer file, one that does not fit the model, or a builder that is not ours.
         ModelError: `into` is compressed already.
     """
-    with File(path, own=True) as file, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        File(path, own=True, threads=torch.get_num_threads()) as file,
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         loader = _Loader(file)
         model = loader.given(into) if into is not None else loader.built(trust)
         _fill(file, model, loader)

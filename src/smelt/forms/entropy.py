@@ -42,11 +42,17 @@ class Entropy(Form):
         return dense.to(stream.device)
 
     def decode_into(
-        self, stream: NDArray[np.uint8], out: Tensor, count: int, begin: int = 0, threads: int | None = None
+        self,
+        stream: NDArray[np.uint8] | streams.Stream,
+        out: Tensor,
+        count: int,
+        begin: int = 0,
+        threads: int | None = None,
     ) -> None:
         """Elements from `begin` on, of the `count` of this tensor, into a contiguous one on the CPU.
 
         Args:
+            stream: its bytes, or what `opened` gave.
             threads: as many decode; by default as many as torch uses, 0: as many as there are cores.
 
         Raises:
@@ -55,10 +61,8 @@ class Entropy(Form):
         words = elements(out)
         each = words.size // out.numel() if out.numel() else 1
         try:
-            found = streams.Stream(stream, each * (self.start + count))
+            found = stream if isinstance(stream, streams.Stream) else opened(stream, each * (self.start + count))
             require(found.width == words.itemsize or not words.size, f"entropy stream of {found.width} bytes each")
-            require(found.checks or len(stream) < streams.SMALL, "entropy stream without checksums")
-            require(not stream[found.nbytes :].any(), "entropy stream: bytes left over")
             threads = torch.get_num_threads() if threads is None else threads
             found.decode_into(words, each * (self.start + begin), threads)
         except ValueError as error:
@@ -75,6 +79,17 @@ class Entropy(Form):
 
     def awake(self, encoded: Encoded) -> Tensor:
         return encoded.decode()
+
+
+def opened(stream: NDArray[np.uint8], count: int) -> streams.Stream:
+    """The stream of a leaf.  Raises FileError or ValueError: it is damaged.
+
+    count: how many numbers one that does not say it has.
+    """
+    found = streams.Stream(stream, count)
+    require(found.checks or len(stream) < streams.SMALL, "entropy stream without checksums")
+    require(not stream[found.nbytes :].any(), "entropy stream: bytes left over")
+    return found
 
 
 def encode(x: Tensor, coder: str) -> Encoded:

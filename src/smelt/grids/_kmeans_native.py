@@ -18,8 +18,8 @@ VALUES = (c_void_p, c_int, c_void_p, c_int64)
 POINTS = (c_void_p, c_void_p, c_void_p)
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "gather": (*VALUES, c_int64, c_void_p, c_void_p, c_void_p),
-    "bins": (*VALUES, c_double, c_double, c_int32, c_void_p, c_void_p, c_void_p, c_void_p),
-    "members": (*VALUES, c_double, c_double, c_int32, c_void_p, c_int64, c_void_p, c_void_p),
+    "bins": (*VALUES, c_double, c_double, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    "members": (*VALUES, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     "program": (*POINTS, c_int64, c_int64, c_void_p),
     "rounds": (*POINTS, c_int64, c_double, c_int64, c_int64, c_void_p, c_void_p),
     "coded": (*POINTS, c_void_p, c_int64, c_double, c_double, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
@@ -67,18 +67,16 @@ def gather(values: Array, weights: Array | None, room: int) -> tuple[Array, Arra
 
 def bins(
     values: Array, weights: Array | None, center: float, inverse: float, number: int
-) -> tuple[Array, Array, Array, float]:
-    count, total, squares = np.zeros(number), np.zeros(number), np.zeros(1)
+) -> tuple[Array, Array, Array, Array, float]:
+    where, count, total, squares = np.empty(values.size, np.uint16), np.zeros(number), np.zeros(number), np.zeros(1)
     mass = count if weights is None else np.zeros(number)
-    _call("bins", *_values(values, weights), center, inverse, number, count, mass, total, squares)
-    return count, mass, total, float(squares[0])
+    _call("bins", *_values(values, weights), center, inverse, number, where, count, mass, total, squares)
+    return where, count, mass, total, float(squares[0])
 
 
-def members(
-    values: Array, weights: Array | None, center: float, inverse: float, marks: Array, room: int
-) -> tuple[Array, Array]:
+def members(values: Array, weights: Array | None, where: Array, marks: Array, room: int) -> tuple[Array, Array]:
     points, mass = np.empty(room + 1), np.ones(room + 1)
-    _call("members", *_values(values, weights), center, inverse, len(marks), marks, room, points, mass)
+    _call("members", *_values(values, weights), where, marks, room, points, mass)
     return points[:room], mass[:room]
 
 

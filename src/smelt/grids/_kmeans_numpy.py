@@ -51,28 +51,27 @@ def places(values: Array, center: float, inverse: float, bins: int) -> Array:
 
 def bins(
     values: Array, weights: Array | None, center: float, inverse: float, number: int
-) -> tuple[Array, Array, Array, float]:
-    """Of each bin: number of values, weight, weighted sum of x - center; and the weighted sum of all (x - center)^2."""
+) -> tuple[Array, Array, Array, Array, float]:
+    """The bin of each value, uint16 (number <= 65,536); of each bin: number of values, weight, weighted sum of
+    x - center; and the weighted sum of all (x - center)^2."""
+    where = np.empty(values.size, np.uint16)
     count, mass, total = np.zeros(number), np.zeros(number), np.zeros(number)
     squares = 0.0
     for i in range(0, values.size, BLOCK):
         part = values[i : i + BLOCK]
         weight = np.ones(part.size) if weights is None else weights[i : i + BLOCK]
         place, far = places(part, center, inverse, number), part.astype(np.float64) - center
+        where[i : i + BLOCK] = place
         count += np.bincount(place, minlength=number)
         mass += np.bincount(place, weight, number)
         total += np.bincount(place, weight * far, number)
         squares += float(weight @ far**2)
-    return count, mass, total, squares
+    return where, count, mass, total, squares
 
 
-def members(
-    values: Array, weights: Array | None, center: float, inverse: float, marks: Array, room: int
-) -> tuple[Array, Array]:
+def members(values: Array, weights: Array | None, where: Array, marks: Array, room: int) -> tuple[Array, Array]:
     """The `room` values of the marked bins as they come, float64, and their weights."""
-    chosen = np.concatenate(
-        [marks[places(values[i : i + BLOCK], center, inverse, len(marks))] for i in range(0, values.size, BLOCK)]
-    )
+    chosen = marks[where]
     return values[chosen].astype(np.float64), np.ones(room) if weights is None else weights[chosen]
 
 

@@ -115,13 +115,10 @@ class Binned(Points):
     def __init__(self, values: Array, weights: Array | None, middle: float, inverse: float, k: int):
         self.values, self.weights, self.middle, self.inverse = values, weights, middle, inverse
         self.number = next(n for n in (BINS >> 2, BINS >> 1, BINS) if n >= min(BINS, FINE * k))
-        self.bins = loops().bins(*self._map(), self.number)
+        self.where, *self.bins = loops().bins(values, weights, middle, inverse, self.number)
         self.apart = (self.bins[0] > 0) & (self.bins[1] <= 0)
         self._take_apart()
         super().__init__(self.x, self.mass, self.count)
-
-    def _map(self) -> tuple[Any, ...]:
-        return self.values, self.weights, self.middle, self.inverse
 
     def _take_apart(self) -> None:
         count, mass, total, _ = self.bins
@@ -129,7 +126,7 @@ class Binned(Points):
         self.x, self.mass, self.count = self.middle + total[whole] / mass[whole], mass[whole], count[whole]
         if self.apart.any():
             before = np.cumsum(np.where(self.apart, count, 0)).astype(np.int64)
-            x, weight = loops().members(*self._map(), self.apart, int(before[-1]))
+            x, weight = loops().members(self.values, self.weights, self.where, self.apart, int(before[-1]))
             order = np.argsort(x) if self.weights is not None else slice(None)
             x = np.sort(x) if self.weights is None else x[order]
             at = np.arange(len(whole)) + before[whole]

@@ -144,61 +144,57 @@ static inline void bins_of(const void *values, int wide, size_t from, size_t num
 }
 
 static inline double fill_bins(const void *values, int wide, const double *weights, size_t n, double center,
-                               double inverse, int32_t bins, double *count, double *mass, double *sum) {
+                               double inverse, int32_t bins, u16 *where, double *count, double *mass,
+                               double *sum) {
     int32_t bin[AT_ONCE];
-    double squares = 0;
+    double part[AT_ONCE], squares[4] = {0}; /* four sums side by side: one would wait for itself */
     for (size_t i = 0; i < n; i += AT_ONCE) {
         size_t number = n - i < AT_ONCE ? n - i : AT_ONCE;
         bins_of(values, wide, i, number, center, inverse, bins, bin);
         for (size_t j = 0; j < number; j++) {
             double far = value(values, wide, i + j) - center, weight = weights ? weights[i + j] : 1;
+            part[j] = weight * far;
+            squares[j & 3] += part[j] * far;
+        }
+        for (size_t j = 0; j < number; j++) where[i + j] = (u16)bin[j];
+        for (size_t j = 0; j < number; j++) {
             count[bin[j]]++;
-            if (weights) mass[bin[j]] += weight;
-            sum[bin[j]] += weight * far;
-            squares += weight * far * far;
+            if (weights) mass[bin[j]] += weights[i + j];
+            sum[bin[j]] += part[j];
         }
     }
-    return squares;
+    return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
-/* Number, weight (where there are weights) and weighted sum of x - center of the values in each bin, added to what is
-   there; squares: the weighted sum of (x - center)^2 of all. */
+/* where: the bin of each value.  Number, weight (where there are weights) and weighted sum of x - center of the values in
+   each bin, added to what is there; squares: the weighted sum of (x - center)^2 of all. */
 SMELT_API int64_t smelt_kmeans_bins(const void *values, int wide, const double *weights, int64_t n, double center,
-                                    double inverse, int32_t bins, double *count, double *mass, double *sum,
-                                    double *squares) {
+                                    double inverse, int32_t bins, u16 *where, double *count, double *mass,
+                                    double *sum, double *squares) {
     size_t all = (size_t)n;
-    if (n < 0 || bins < 2) return BAD_SIZE;
+    if (n < 0 || bins < 2 || bins > 65536) return BAD_SIZE;
     if (wide && weights)
-        *squares = fill_bins(values, 1, weights, all, center, inverse, bins, count, mass, sum);
+        *squares = fill_bins(values, 1, weights, all, center, inverse, bins, where, count, mass, sum);
     else if (wide)
-        *squares = fill_bins(values, 1, NULL, all, center, inverse, bins, count, mass, sum);
+        *squares = fill_bins(values, 1, NULL, all, center, inverse, bins, where, count, mass, sum);
     else if (weights)
-        *squares = fill_bins(values, 0, weights, all, center, inverse, bins, count, mass, sum);
+        *squares = fill_bins(values, 0, weights, all, center, inverse, bins, where, count, mass, sum);
     else
-        *squares = fill_bins(values, 0, NULL, all, center, inverse, bins, count, mass, sum);
+        *squares = fill_bins(values, 0, NULL, all, center, inverse, bins, where, count, mass, sum);
     return 0;
 }
 
-/* The values (and their weights) of the bins with a mark, 0 or 1, in the order in which they come; returns how many.
+/* The values (and their weights) in bins with a mark, 0 or 1, in the order in which they come; returns how many.
    points and mass have room for one more than `room`, which saves a branch that cannot be foreseen. */
-SMELT_API int64_t smelt_kmeans_members(const void *values, int wide, const double *weights, int64_t n, double center,
-                                       double inverse, int32_t bins, const u8 *marks, int64_t room, double *points,
-                                       double *mass) {
-    int32_t bin[AT_ONCE];
+SMELT_API int64_t smelt_kmeans_members(const void *values, int wide, const double *weights, int64_t n, const u16 *where,
+                                       const u8 *marks, int64_t room, double *points, double *mass) {
     int64_t found = 0;
-    if (n < 0 || bins < 2 || room < 0) return BAD_SIZE;
-    for (int64_t i = 0; i < n; i += AT_ONCE) {
-        size_t number = n - i < AT_ONCE ? (size_t)(n - i) : AT_ONCE, at = (size_t)i;
-        if (wide)
-            bins_of(values, 1, at, number, center, inverse, bins, bin);
-        else
-            bins_of(values, 0, at, number, center, inverse, bins, bin);
-        for (size_t j = 0; j < number; j++) {
-            int64_t to = found < room ? found : room;
-            points[to] = value(values, wide, at + j);
-            if (weights) mass[to] = weights[at + j];
-            found += marks[bin[j]];
-        }
+    if (n < 0 || room < 0) return BAD_SIZE;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t to = found < room ? found : room;
+        points[to] = value(values, wide, (size_t)i);
+        if (weights) mass[to] = weights[i];
+        found += marks[where[i]];
     }
     return found > room ? MANY_VALUES : found;
 }

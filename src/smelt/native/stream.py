@@ -124,9 +124,14 @@ def _check(result: int) -> None:
     raise ValueError("damaged" if result == DAMAGED else f"the C library answers {result}")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _in_groups(work: Callable[[Sequence[int]], list[_T]], chunks: int, threads: int) -> list[_T]:
     """work(range of chunks) for all of them, by so many threads."""
-    threads = min(threads or os.cpu_count() or 1, chunks)
+    threads = min(threads or cores(), chunks)
     if threads <= 1:
         return work(range(chunks)) if chunks else []
     size = -(-chunks // (GROUPS * threads))
@@ -149,10 +154,11 @@ class Stream:
     Raises ValueError: the head is damaged, or the buffer too short.
     """
 
-    __slots__ = ("_at", "_bytes", "_chunk", "checks", "count", "nbytes", "rest", "width")
+    __slots__ = ("_at", "_bytes", "_chunk", "_last", "checks", "count", "nbytes", "rest", "width")
 
     def __init__(self, buffer: bytes | bytearray | memoryview | np.ndarray, count: int | None = None):
         self._bytes = np.frombuffer(buffer, np.uint8)
+        self._last = (-1, _NONE)  # the chunk of which a part was wanted last, for whoever wants the next part
         reader = Reader(self._bytes)
         flags = reader.byte()
         require(flags < 2 * UNCOUNTED, "stream: no such flags")
@@ -240,11 +246,14 @@ class Stream:
                 if start <= low and high <= stop and library is not None:
                     decode(i, high - low, to + (low - start) * width)
                     return
-                found = np.empty(high - low, out.dtype)
-                decoded = decode(i, high - low, found.ctypes.data)
+                last, found = self._last
+                if last != i:
+                    found = np.empty(high - low, out.dtype)
+                    decoded = decode(i, high - low, found.ctypes.data)
+                    found = decoded if library is None else found
+                    self._last = (i, found)
             except ValueError as error:
                 raise ValueError(f"chunk {i}: {error}") from None
-            found = decoded if library is None else found
             a, b = max(low, start), min(high, stop)
             out[a - start : b - start] = found[a - low : b - low]
 
