@@ -135,7 +135,7 @@ def test_default_tails(tmp_path: Path) -> None:
     sizes = [save(model, tmp_path / "x", force=True, tail=t) for t in (None, (make("code.bits"),), (), TAIL)]
     assert sizes[0] <= sizes[3] < sizes[1] < sizes[2]
     store_of(model).tails = {t.name: TAIL for t in targets(model)}
-    assert save(model, tmp_path / "x", force=True) == sizes[0]
+    assert save(model, tmp_path / "x", force=True) <= sizes[0]
     same(model, load(tmp_path / "x"))
 
 
