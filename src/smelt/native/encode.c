@@ -29,9 +29,11 @@ static int64_t write_rans(const u8 *symbols, size_t count, choice *c, sink to) {
     u8 *entries = space + 2 * padded, *class = entries + padded;
     u32 states[MAX_LANES];
     if (map_and_group(c, symbols, count, to.level, entries, class)) goto end;
+    /* What fills the last step is frequent in the last block: its table may lack what is frequent elsewhere. */
+    const u32 *freq = plan->freq[plan->tables > 1 ? class[blocks - 1] : 0];
     int frequent = 0;
     for (int i = 1; i < plan->entries; i++)
-        if (c->counts[i] > c->counts[frequent]) frequent = i;
+        if (freq[i] > freq[frequent]) frequent = i;
     memset(entries + count, frequent, padded - count);
     coders = malloc((size_t)plan->tables * sizeof *coders);
     if (!coders) goto end;

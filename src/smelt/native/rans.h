@@ -37,9 +37,10 @@ typedef size_t rans_code(const rans_coder *coders, const rans_plan *plan, const 
                          size_t count, u16 *end, u32 *states);
 rans_code rans_code_portable, rans_code_avx512;
 
-/* rans_run_avx512 with exponents joined to sign and mantissa: out = u16 (symbol << 8 | rest), rotated right by one bit. */
+/* rans_run_avx512 with exponents joined to sign and mantissa: out = u16 (symbol << 8 | rest), rotated right by one bit.
+   past_cache: write to memory at once, which is faster where it would not stay in the cache anyway. */
 size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
-                            const u8 *rest, u8 *out);
+                            const u8 *rest, u8 *out, int past_cache);
 
 /* out[i] = map[in[i]]; count is a multiple of 64. */
 void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out);

@@ -89,7 +89,7 @@ RUN(run16, 4)
 RUN(run32, 5)
 
 /* Exponents joined at once: out = (value << 8 | rest) rotated right by one bit. */
-#define RUN_BF16(NAME, SHIFT)                                                                                          \
+#define RUN_BF16(NAME, SHIFT, STORE)                                                                                          \
     TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,            \
                               const u8 *rest, u8 *out) {                                                               \
         LOAD_LANES                                                                                                     \
@@ -98,14 +98,16 @@ RUN(run32, 5)
                 const size_t at = LANES * done + 32 * (size_t)g;                                                       \
                 __m512i x = next(&t, SHIFT, high + g, low + g, &w);                                                    \
                 x = _mm512_or_si512(x, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + at))));        \
-                _mm512_storeu_si512(out + 2 * at, _mm512_shrdi_epi16(x, x, 1));                                        \
+                STORE((void *)(out + 2 * at), _mm512_shrdi_epi16(x, x, 1));                                            \
             }                                                                                                          \
         }                                                                                                              \
         }                                                                                                              \
         STORE_LANES                                                                                                    \
     }
-RUN_BF16(bf16_16, 4)
-RUN_BF16(bf16_32, 5)
+RUN_BF16(bf16_16, 4, _mm512_storeu_si512)
+RUN_BF16(bf16_32, 5, _mm512_storeu_si512)
+RUN_BF16(bf16_16_past, 4, _mm512_stream_si512)
+RUN_BF16(bf16_32_past, 5, _mm512_stream_si512)
 
 size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) {
     return tables->buckets == 16   ? run16(tables, classes, lanes, steps, out)
@@ -114,10 +116,15 @@ size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *
 }
 
 size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
-                            const u8 *rest, u8 *out) {
-    return tables->buckets == 16   ? bf16_16(tables, classes, lanes, steps, rest, out)
-           : tables->buckets == 32 ? bf16_32(tables, classes, lanes, steps, rest, out)
-                                   : 0;
+                            const u8 *rest, u8 *out, int past_cache) {
+    if (tables->buckets > 32) return 0;
+    const int few = tables->buckets == 16;
+    if (!past_cache || (uintptr_t)out % 64)
+        return few ? bf16_16(tables, classes, lanes, steps, rest, out) : bf16_32(tables, classes, lanes, steps, rest, out);
+    const size_t done = few ? bf16_16_past(tables, classes, lanes, steps, rest, out)
+                            : bf16_32_past(tables, classes, lanes, steps, rest, out);
+    _mm_sfence();
+    return done;
 }
 
 /* Of `spread` what whole vectors do; stops where one might read beyond the values. */

@@ -6,7 +6,6 @@ The C library codes them, or NumPy where it was not built.  The bytes may differ
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,43 +73,63 @@ def encode(
         raise ValueError(f"no chunks of 2^{chunk} for {elements.size} elements")
     count = elements.size
     words = elements.view(f"u{width}")
-    write = _writer(words, kind, coder, chunk)
-    chunks = _in_groups(write, -(-count >> chunk) if count else 0, threads)
-    table = len(chunks) > 1 or ends
+    number = -(-count >> chunk) if count else 0
+    table = number > 1 or ends
+    # The head, the sizes of the chunks, and for each chunk as much room as it may need.
+    head = bytes([0]) + (varint(count) if counted else b"") + bytes([chunk]) * table
+    first = len(head) + 4 * number * table
+    room = CRC + _bound(min(count, 1 << chunk), width)
+    stream = np.empty(first + number * room, np.uint8)
+    write = _writer(words, kind, coder, chunk, stream[first:], room)
+    sizes = np.array(_in_groups(write, number, threads), np.int64)
     if checks is None:
-        head = 1 + len(varint(count)) * counted + (1 + 4 * len(chunks)) * table
-        checks = head + sum(map(len, chunks)) >= SMALL
-    flags = WIDTHS.index(width) | TABLE * table | CHECKS * checks | UNCOUNTED * (not counted)
-    pieces = [bytes([flags]), varint(count) if counted else b""]
-    if table:
-        sizes = np.array([len(body) for body in chunks]) + CRC * checks
-        pieces += [bytes([chunk]), sizes.astype("<u4").tobytes()]
-    for body in chunks:
+        checks = first + int(sizes.sum()) >= SMALL
+    end = first
+    for i, size in enumerate(sizes.tolist()):  # together, with their checksums before them
+        begin = first + i * room + CRC
+        body = stream[begin : begin + size]
         if checks:
-            pieces.append(native.crc32(body).to_bytes(CRC, "little"))
-        pieces.append(body)
-    return np.frombuffer(bytearray().join(pieces), np.uint8)
+            stream[end : end + CRC] = np.frombuffer(native.crc32(body).to_bytes(CRC, "little"), np.uint8)
+            end += CRC
+        if end != begin:
+            stream[end : end + size] = body
+        end += size
+    stream[: len(head)] = np.frombuffer(head, np.uint8)
+    stream[0] = WIDTHS.index(width) | TABLE * table | CHECKS * checks | UNCOUNTED * (not counted)
+    if table:
+        stream[len(head) : first] = (sizes + CRC * checks).astype("<u4").view(np.uint8)
+    stream.resize(end, refcheck=False)
+    return stream
 
 
-def _writer(words: np.ndarray, kind: str, coder: str, chunk: int) -> Callable[[Sequence[int]], list[bytes]]:
-    """What gives the bodies of some chunks."""
+def _bound(count: int, width: int) -> int:
+    """Most bytes of a body."""
+    return 1 + count * width
+
+
+def _writer(
+    words: np.ndarray, kind: str, coder: str, chunk: int, place: np.ndarray, room: int
+) -> Callable[[Sequence[int]], list[int]]:
+    """What writes the bodies of some chunks, chunk i CRC bytes behind i * room, and gives their sizes."""
     library = native.coder()
-    if library is None:
-        return lambda chunks: [portable.encode_chunk(words[i << chunk : (i + 1) << chunk], kind, coder) for i in chunks]
-    width, begin = words.itemsize, words.ctypes.data
     most = min(words.size, 1 << chunk)
-    room = int(library.smelt_chunk_bound(most, width))
-    numbers = portable.KINDS[kind][0], portable.CODERS.index(coder)
 
-    def write(chunks: Sequence[int]) -> list[bytes]:
-        place = np.empty(room, np.uint8)
-        to, bodies = place.ctypes.data, []
+    def write(chunks: Sequence[int]) -> list[int]:
+        sizes = []
         for i in chunks:
+            to = i * room + CRC
+            if library is None:
+                body = portable.encode_chunk(words[i << chunk : (i + 1) << chunk], kind, coder)
+                place[to : to + len(body)] = np.frombuffer(body, np.uint8)
+                sizes.append(len(body))
+                continue
             here = min(words.size - (i << chunk), most)
-            size = library.smelt_chunk_encode(begin + (i << chunk) * width, here, width, *numbers, to, room)
+            source, out = words.ctypes.data + (i << chunk) * words.itemsize, place.ctypes.data + to
+            numbers = portable.KINDS[kind][0], portable.CODERS.index(coder)
+            size = library.smelt_chunk_encode(source, here, words.itemsize, *numbers, out, room - CRC)
             _check(size)
-            bodies.append(ctypes.string_at(to, size))
-        return bodies
+            sizes.append(size)
+        return sizes
 
     return write
 

@@ -5,7 +5,7 @@
 
 #include "rans.h"
 
-enum { BATCH = 8192 };
+enum { BATCH = 8192, STRIDE = 32768 /* of what needs no room for symbols */, LARGE = 1 << 19 };
 
 typedef struct {
     const u8 *at, *end; /* the list, checked before */
@@ -149,12 +149,13 @@ static int decode_rans(const u8 *in, size_t size, const u8 *parts, cut c, u8 *ou
     const u8 *const end = lanes->end;
     const int straight = c.width == 1 && !c.rest && !c.rotate;
     for (size_t begin = 0; begin < count;) {
-        size_t now = count - begin < BATCH ? count - begin : BATCH, done = 0;
+        size_t now = count - begin < STRIDE ? count - begin : STRIDE, done = 0;
 #if defined(SMELT_X86)
         if (c.width == 2 && c.rest == 8 && c.rotate && level >= AVX512 && number == LANES && begin % BLOCK == 0) {
             const u8 *class = plan->tables > 1 ? classes + begin / BLOCK : NULL;
             extend_words(work);
-            done = LANES * rans_run_bf16_avx512(work->table, class, lanes, now / LANES, parts + begin, out + 2 * begin);
+            done = LANES * rans_run_bf16_avx512(work->table, class, lanes, now / LANES, parts + begin, out + 2 * begin,
+                                                count >= LARGE);
             for (; e.position < begin + done; next_escape(&e)) {
                 u32 x = (u32)e.symbol << 8 | parts[e.position];
                 put16(out + 2 * e.position, (u16)(x >> 1 | x << 15));
@@ -162,6 +163,7 @@ static int decode_rans(const u8 *in, size_t size, const u8 *parts, cut c, u8 *ou
         }
 #endif
         if (!done) {
+            if (now > BATCH) now = BATCH;
             u8 *symbols = straight ? out + begin : work->symbols;
             if (run(work, classes, begin, now, symbols, level) != OK) return DAMAGED;
             for (; e.position < begin + now; next_escape(&e)) symbols[e.position - begin] = e.symbol;
