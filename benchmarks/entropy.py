@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from _bench import HERE, Row, arguments, conditions, finish, run_cells
-from _coders import against, alternate, memcpy, missing, peers, same, smelt
+from _coders import against, aligned, alternate, memcpy, missing, peers, same, smelt
 from _weights import CODEBOOKS, DATA, FLOATS, LLAMA, SYMBOLS, elements, llama, weights, zero
 
 from smelt import native
@@ -51,10 +51,10 @@ def cell(what: str, runs: int, build: str, **given: Any) -> Any:
 def codecs_cell(network: str, size: int, data: str, runs: int) -> dict[str, Any]:
     """Ours and every peer on one array."""
     x, kind = elements(network, size, data)
-    place = np.ones_like(x)
+    place = aligned(x)
     given, fresh = smelt(x, kind, place), smelt(x, kind)
     found: dict[str, Any] = {"bytes": x.nbytes, "entropy": _entropies(x, kind)}
-    copy = memcpy(x, np.ones_like(x))
+    copy = memcpy(x, aligned(x))
     found["peers"] = {"memcpy": against(given, copy, x, runs)}
     found["unchecked"] = against(smelt(x, kind, place, checks=False), copy, x, runs)
     for peer in peers(x, kind):
@@ -70,7 +70,7 @@ def levels_cell(network: str, size: int, runs: int) -> dict[str, float]:
     if library is None:
         return {}
     x, kind = elements(network, size, "bf16")
-    out, calls = np.ones_like(x), {}
+    out, calls = aligned(x), {}
     for coder in ("huffman", "rans"):
         chunks = []
         for begin in range(0, x.size, 1 << LARGEST):
@@ -135,7 +135,7 @@ def kmeans_cell(network: str, size: int, count: int, clusters: int, runs: int) -
 def threads_cell(network: str, size: int, runs: int) -> dict[str, float]:
     """Wall times of one and of two threads on bf16."""
     x, kind = elements(network, size, "bf16")
-    out, stream = np.ones_like(x), encode(x, kind)
+    out, stream = aligned(x), encode(x, kind)
 
     def decode(threads: int) -> None:
         Stream(stream).decode_into(out, threads=threads)

@@ -58,7 +58,7 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
     dice d = dice_of(data + 2, size - 2);
     size_t count = how ? some_count(&d) : (size - 2) / (size_t)width;
     if (count < 1 || count > USUAL) return -1;
-    if (how == 2 && data[1] % 8 == 1) count = (1 << 17) + roll(&d, 1 << 18); /* enough for several tables */
+    if (how == 2 && data[1] % 8 == 1) count = (1 << 17) + roll(&d, 7 << 17); /* several tables */
     u8 *elements = malloc(count * (size_t)width);
     if (how == 3) {
         u8 *body = malloc(1 << 16);
