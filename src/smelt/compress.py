@@ -30,7 +30,7 @@ from smelt.core.cache import cache_folder, keys
 from smelt.core.data import Batches, Data, batch, evaluating, forward_or_raise, move
 from smelt.core.errors import ModelError, SmeltError
 from smelt.core.job import Job
-from smelt.core.method import Codec, Lossless, Rewrite
+from smelt.core.method import Codec, Known, Lossless, Rewrite
 from smelt.core.output import replacing
 from smelt.core.progress import Progress
 from smelt.core.recipe import Recipe, Step, Train
@@ -39,9 +39,12 @@ from smelt.core.source import Source
 from smelt.core.store import has_store, store_of, strip
 from smelt.core.target import check_finite, check_usable, select, targets
 from smelt.formats import smelt as smelt_file
-from smelt.measure import conditions, measure, metric_name
+from smelt.measure import conditions, examples, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
 from smelt.measures.bytes import checkpoint_bytes, file_bytes
+from smelt.measures.latency import latency
+from smelt.measures.macs import macs
+from smelt.measures.parameters import parameters
 from smelt.models._open import open_model
 from smelt.train.loop import Loop, fit, task_loss
 from smelt.version import __version__
@@ -173,7 +176,7 @@ class _Run:
         stem = folder / (self.keys[index] if self.keys else str(index))
         path, rows = stem.with_suffix(".smelt"), stem.with_suffix(".json")
         if isinstance(step.act, Lossless):
-            apply_step(model, step, label, batches=None, seed=self.job.seed, tail=self.tail)
+            apply_step(model, step, label, Known(seed=self.job.seed), self.tail)
         if path.exists() and rows.exists():
             try:
                 found, loaded = Report.from_plain(json.loads(rows.read_text())), self._load(path, model)
@@ -215,7 +218,21 @@ class _Run:
             return []
         if isinstance(train, Batches):
             train.set_epoch(0)
-        return apply_step(model, step, label, batches=train, seed=self.job.seed, tail=self.tail)
+        loss = self.job.loss or task_loss
+        return apply_step(model, step, label, Known(train, loss, self._prices(), seed=self.job.seed), self.tail)
+
+    def _prices(self) -> dict[str, Callable[[nn.Module], float]]:
+        """What a method may ask of a candidate; each is one of the measures, so it costs as much as measuring."""
+        inputs = examples(self.job.data, self.job.device)
+        prices: dict[str, Callable[[nn.Module], float]] = {"parameters": parameters, "bytes": self._size}
+        if inputs is not None:
+            prices["macs"] = lambda model: macs(model, inputs)
+            prices["milliseconds"] = lambda model: latency(model, inputs, threads=self.job.threads).median
+        return prices
+
+    def _size(self, model: nn.Module) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            return smelt_file.save(model, Path(folder) / "candidate.smelt")
 
     def _load(self, path: Path, model: nn.Module) -> nn.Module:
         """The written file as a module, with what a file does not keep: source, names of the steps, lossless tails."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from smelt.core.edit import Note
 from smelt.core.encoded import Encoded
 from smelt.core.errors import DataError, RuleError
-from smelt.core.method import Codec, Lossless, Rewrite, State, Stats, Values
+from smelt.core.method import Codec, Known, Lossless, Rewrite, State, Stats, Values
 from smelt.core.recipe import Step
 from smelt.core.statistic import gather
 from smelt.core.store import Activation, apply_edits, eat, pack, rest_bytes, store, store_of
@@ -49,13 +50,11 @@ def chosen(model: nn.Module, step: Step, label: str) -> tuple[list[Target], list
     return kept, notes
 
 
-def apply_step(
-    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int, tail: Sequence[Lossless]
-) -> list[str]:
+def apply_step(model: nn.Module, step: Step, label: str, known: Known, tail: Sequence[Lossless]) -> list[str]:
     """Run one step that is not `train`; returns notes for the report."""
     act = step.act
     if isinstance(act, Rewrite):
-        return apply_rewrite(model, step, label, batches=batches)
+        return apply_rewrite(model, step, label, known)
     if isinstance(act, Lossless):
         held = store_of(model)
         for target in chosen(model, step, label)[0]:
@@ -63,14 +62,12 @@ def apply_step(
         return []
     assert isinstance(act, Codec)
     if step.at != "weight":
-        return apply_activations(model, step, label, batches=batches, seed=seed)
-    return _apply_codec(model, step, label, batches=batches, seed=seed, tail=tail)
+        return apply_activations(model, step, label, known)
+    return _apply_codec(model, step, label, known, tail)
 
 
 @torch.no_grad()
-def _apply_codec(
-    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int, tail: Sequence[Lossless]
-) -> list[str]:
+def _apply_codec(model: nn.Module, step: Step, label: str, known: Known, tail: Sequence[Lossless]) -> list[str]:
     codec = step.act
     assert isinstance(codec, Codec)
     members, notes = chosen(model, step, label)
@@ -78,10 +75,10 @@ def _apply_codec(
     for target in members:
         _, _, x, where = eat(codec, target, model, label)
         seen[target.name] = Values(x, where)
-    gathered = weight_statistics(model, codec, members, batches, label)
+    gathered = weight_statistics(model, codec, members, known, label)
     plan = codec.plan(seen, {}, lambda e: rest_bytes(pack(e, tail)))
     for target in members:
-        stats = Stats(seen[target.name].where, gathered[target.name], seed_of(seed, target.name))
+        stats = Stats(seen[target.name].where, gathered[target.name], seed_of(known.seed, target.name))
         own = plan[target.name]
         encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
     return notes
@@ -93,11 +90,11 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def weight_statistics(
-    model: nn.Module, codec: Codec, members: Sequence[Target], batches: Iterable[Any] | None, label: str
+    model: nn.Module, codec: Codec, members: Sequence[Target], known: Known, label: str
 ) -> dict[str, dict[str, Any]]:
     """What a codec asks to know for each of its weights: target name -> statistic -> result."""
     wanted = {t.places[0][0]: [("input", s) for s in codec.needs_at("weight")] for t in members}
-    gathered = _gathered(model, wanted, batches, label)
+    gathered = _gathered(model, wanted, known, label)
     return {t.name: {name: v for (_, name), v in gathered.get(t.places[0][0], {}).items()} for t in members}
 
 
@@ -108,13 +105,12 @@ def encode_chain(model: nn.Module, target: Target, codec: Codec, state: State, l
     store(model, target, tree.map(lambda p, leaf: new if p == path else leaf) if tree else new, label)
 
 
-def apply_rewrite(model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None) -> list[str]:
+def apply_rewrite(model: nn.Module, step: Step, label: str, known: Known) -> list[str]:
     act = step.act
     assert isinstance(act, Rewrite)
     members, notes = chosen(model, step, label)
     wanted = {t.places[0][0]: [("input", s) for s in act.needs] for t in members}
-    stats = _gathered(model, wanted, batches, label)
-    edits = act.plan(model, members, stats)
+    edits = act.plan(model, members, replace(known, gathered=_gathered(model, wanted, known, label)))
     notes += [f"{label} leaves {e.tensor} as it is: {e.reason}" for e in edits if isinstance(e, Note)]
     if all(isinstance(e, Note) for e in edits):
         notes.append(f"{label} found nothing to change")
@@ -123,21 +119,19 @@ def apply_rewrite(model: nn.Module, step: Step, label: str, *, batches: Iterable
 
 
 @torch.no_grad()
-def apply_activations(
-    model: nn.Module, step: Step, label: str, *, batches: Iterable[Any] | None, seed: int
-) -> list[str]:
+def apply_activations(model: nn.Module, step: Step, label: str, known: Known) -> list[str]:
     """Put a codec at the inputs or outputs of the modules whose weights are selected."""
     codec = step.act
     assert isinstance(codec, Codec)
     members, notes = chosen(model, step, label)
     paths = list(dict.fromkeys(path for t in members for path, _ in t.places))
     wanted = {path: [(step.at, s) for s in codec.needs_at(step.at)] for path in paths}
-    gathered = _gathered(model, wanted, batches, label)
+    gathered = _gathered(model, wanted, known, label)
     held = store_of(model)
     for path in paths:
         weight = next(t.tensor for t in members if path in [place for place, _ in t.places])
         by_name = {name: value for (_, name), value in gathered.get(path, {}).items()}
-        state = codec.fit(weight.new_zeros(0), Stats(None, by_name, seed)) if codec.needs_at(step.at) else State()
+        state = codec.fit(weight.new_zeros(0), Stats(None, by_name, known.seed)) if codec.needs_at(step.at) else State()
         activation = Activation(path, step.at, codec, state)
         activation.install(model)
         held.activations.append(activation)
@@ -146,10 +140,10 @@ def apply_activations(
 
 
 def _gathered(
-    model: nn.Module, wanted: Mapping[str, Sequence[tuple[str, str]]], batches: Iterable[Any] | None, label: str
+    model: nn.Module, wanted: Mapping[str, Sequence[tuple[str, str]]], known: Known, label: str
 ) -> dict[str, dict[tuple[str, str], Any]]:
     if not any(wanted.values()):
         return {}
-    if batches is None:
+    if known.batches is None:
         raise DataError(f"{label} needs data to gather statistics from; give the job data")
-    return gather(model, wanted, batches, CALIBRATION_BATCHES)
+    return gather(model, wanted, known.batches, CALIBRATION_BATCHES)

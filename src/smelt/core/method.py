@@ -8,7 +8,7 @@ Objective  adds a term to the training loss
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core import shelf
+from smelt.core.data import batch, move
 from smelt.core.encoded import Encoded
-from smelt.core.errors import RecipeError
+from smelt.core.errors import DataError, RecipeError
 from smelt.core.settings import build, check
 
 if TYPE_CHECKING:
@@ -78,6 +79,32 @@ class Stats:
     where: Tensor | None = None
     gathered: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a step may know besides the model itself.
+
+    batches: calibration batches as a loader yields them, or None.
+    loss: (outputs, labels) -> scalar, of the task; for scores that need gradients.
+    prices: 'parameters', 'macs', 'bytes' (of the file), 'milliseconds' -> a function that takes a model and measures
+        it; empty where nobody measures (inside `train`).
+    gathered: module path -> (place, statistic) -> what was found, for those in a rewrite's `needs`.
+    """
+
+    batches: Iterable[Any] | None = None
+    loss: Callable[[Tensor, Any], Tensor] | None = None
+    prices: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+    gathered: Mapping[str, Mapping[tuple[str, str], Any]] = field(default_factory=dict)
+    seed: int = 0
+
+    def example(self, model: nn.Module, why: str) -> Any:
+        """Inputs of the first batch, on the model's device.  Raises DataError: there are no batches; `why` they are
+        needed completes 'it needs data ...'."""
+        for item in self.batches or ():
+            device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
+            return move(batch(item)[0], device)
+        raise DataError(f"it needs data {why}; give the job data")
 
 
 class Method:
@@ -198,13 +225,13 @@ class Rewrite(Method, ABC):
         return None
 
     @abstractmethod
-    def plan(self, model: nn.Module, targets: Sequence[Target], stats: Mapping[str, Any]) -> list[Edit]:
+    def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
         """The edits, as plain data.
 
         Args:
             model: to look at; it must not be changed here.
             targets: the tensors selected by the step (its `on`).
-            stats: gathered statistics, by name, for those in `needs`.
+            known: data, the task's loss, prices; and what was gathered for `needs`.
         """
 
 

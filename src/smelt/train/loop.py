@@ -64,6 +64,7 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
         steps=act.epochs * per_epoch,
         teacher=loop.teacher,
         calibration=train,
+        loss=loop.loss or task_loss,
         refresh=act.refresh,
         seed=loop.seed,
         tail=loop.tail,

@@ -16,7 +16,7 @@ tied; outside, the model is an ordinary module again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ from smelt.core.apply import (
 from smelt.core.data import evaluating, forward, forward_or_raise, logits_of
 from smelt.core.edit import submodule
 from smelt.core.errors import DataError, ModelError, RecipeError
-from smelt.core.method import Codec, Lossless, Method, Objective, Rewrite, Seen, Stats
+from smelt.core.method import Codec, Known, Lossless, Method, Objective, Rewrite, Seen, Stats
 from smelt.core.recipe import Recipe, Step
 from smelt.core.settings import ramps, resolve
 from smelt.core.store import eat, pack, renew, rest_bytes, store_of
@@ -57,6 +57,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         steps: optimizer steps of the loop; needed when a setting ramps.
         teacher: module or function for objectives that need one; run without gradients, once per loss.
         calibration: batches for pieces that need statistics.
+        loss: of the task, (outputs, labels) -> scalar, for pieces whose statistics are gradients.
         refresh: share of the loop between two updates of what moves.
         seed: for what is drawn at random.
         tail: lossless codecs with which candidates are priced.
@@ -73,6 +74,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         steps: int | None = None,
         teacher: Any = None,
         calibration: Iterable[Any] | None = None,
+        loss: Callable[[Tensor, Any], Tensor] | None = None,
         refresh: float = 0.01,
         seed: int = 0,
         tail: Sequence[Lossless] = (),
@@ -81,7 +83,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         self.pieces = _pieces(pieces)
         self.steps, self.done = steps, 0
         self._every = max(1, round(refresh * steps)) if steps else 0
-        self._calibration = calibration
+        self._known = Known(calibration, loss, seed=seed)
         self._slots: list[Slot] = []
         self._objectives = [piece.act for piece in self.pieces if isinstance(piece.act, Objective)]
         self._groups: list[Group] = []
@@ -107,7 +109,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         held = store_of(self.model)
         for piece in self.pieces:
             if isinstance(piece.act, Rewrite):
-                self.notes += apply_rewrite(self.model, piece, piece.key, batches=self._calibration)
+                self.notes += apply_rewrite(self.model, piece, piece.key, self._known)
         slots = {t.name: self._slot(t) for t in targets(self.model) if t.name in held.entries or _is_narrow(t)}
         for piece in self.pieces:
             if isinstance(piece.act, Codec) and piece.at == "weight":
@@ -118,9 +120,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         try:
             for piece in self.pieces:
                 if isinstance(piece.act, Codec) and piece.at != "weight":
-                    self.notes += apply_activations(
-                        self.model, piece, piece.key, batches=self._calibration, seed=self.seed
-                    )
+                    self.notes += apply_activations(self.model, piece, piece.key, self._known)
         except BaseException:
             for activation in held.activations[before:]:
                 activation.remove()
@@ -180,7 +180,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for target in members:
             eat(codec, target, self.model, piece.key)  # raises where nothing floating is left
             slots.setdefault(target.name, self._slot(target))
-        statistics = weight_statistics(self.model, codec, members, self._calibration, piece.key)
+        statistics = weight_statistics(self.model, codec, members, self._known, piece.key)
         group = Group(codec, [slots[t.name] for t in members], [Link(codec, piece.key) for _ in members], statistics)
         for slot, link in zip(group.slots, group.links, strict=True):
             slot.links.append(link)

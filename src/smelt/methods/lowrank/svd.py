@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smelt.core.edit import Edit, Note, Replace
 from smelt.core.errors import RecipeError
-from smelt.core.method import Rewrite
+from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
 from smelt.graph.reads import outside
@@ -68,7 +68,7 @@ class SVD(Rewrite):
         return None if path else "it is the whole model; put the layer into a module"
 
     @torch.no_grad()
-    def plan(self, model: nn.Module, targets: Sequence[Target], stats: Mapping[str, Any]) -> list[Edit]:
+    def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
         edits: list[Edit] = []
         read = outside(model)
         for target in targets:

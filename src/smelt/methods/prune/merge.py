@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smelt.core.edit import Edit, Fill, Keep, Note, Set, submodule
-from smelt.core.method import Rewrite
+from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
 from smelt.graph.chains import Link, chains
@@ -53,7 +52,7 @@ class Merge(Rewrite):
         return None
 
     @torch.no_grad()
-    def plan(self, model: nn.Module, targets: Sequence[Target], stats: Mapping[str, Any]) -> list[Edit]:
+    def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
         wanted = {target.places[0][0]: target.name for target in targets}
         links, reasons = chains(model)
         edits: list[Edit] = [Note(wanted[path], reason) for path, reason in reasons.items() if path in wanted]
