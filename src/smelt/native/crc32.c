@@ -1,9 +1,7 @@
 /* The CRC-32 of zlib and PNG: polynomial 0x04C11DB7, its bits reflected.  Inside, crc is that before the inversion. */
-#include "native.h"
+#include "folding.h"
 
-#if defined(SMELT_X86)
-#include <immintrin.h>
-#elif defined(SMELT_NEON) && defined(__linux__)
+#if defined(SMELT_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -55,25 +53,6 @@ static u32 crc_by_tables(u32 crc, const u8 *data, size_t size) {
 
 #if defined(SMELT_X86)
 
-/* ---- folding (Gopal et al. 2009, "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel)
-
-   Multiplied by x^n, sixteen bytes may be added to those n bits further on.  Each half has a constant of its own:
-   x^(n+32) and x^(n-32) modulo the polynomial, reflected, and shifted by one bit, as reflected products are. */
-#define TIMES_X128 0x1751997D0, 0x0CCAA009E
-#define TIMES_X512 0x154442BD4, 0x1C6E41596
-#define TIMES_X2048 0x11542778A, 0x1322D1430
-#define FOLDING __attribute__((target("pclmul")))
-#define WIDE_FOLDING __attribute__((target("avx512f,pclmul,vpclmulqdq")))
-
-FOLDING static inline __m128i constants(int64_t low, int64_t high) { return _mm_set_epi64x(high, low); }
-
-FOLDING static inline __m128i fold(__m128i x, __m128i times, __m128i onto) {
-    const __m128i low = _mm_clmulepi64_si128(x, times, 0x00), high = _mm_clmulepi64_si128(x, times, 0x11);
-    return _mm_xor_si128(_mm_xor_si128(low, high), onto);
-}
-
-FOLDING static inline __m128i load(const u8 *data) { return _mm_loadu_si128((const __m128i *)data); }
-
 /* Of sixteen bytes and the data after them. */
 FOLDING static u32 finish(__m128i x, const u8 *data, size_t size) {
     u8 last[16];
@@ -94,16 +73,17 @@ FOLDING static u32 crc_by_folding(u32 crc, const u8 *data, size_t size) {
     return finish(fold(fold(fold(a, next, b), next, c), next, d), data, size);
 }
 
-WIDE_FOLDING static inline __m512i wide_fold(__m512i x, __m512i times, __m512i onto) {
-    const __m512i low = _mm512_clmulepi64_epi128(x, times, 0x00), high = _mm512_clmulepi64_epi128(x, times, 0x11);
-    return _mm512_ternarylogic_epi64(low, high, onto, 0x96); /* the sum of all three */
+/* 64 bytes to sixteen. */
+WIDE_FOLDING static inline __m128i narrow(__m512i a) {
+    const __m128i within = constants(TIMES_X128);
+    const __m128i x = fold(_mm512_extracti32x4_epi32(a, 0), within, _mm512_extracti32x4_epi32(a, 1));
+    return fold(fold(x, within, _mm512_extracti32x4_epi32(a, 2)), within, _mm512_extracti32x4_epi32(a, 3));
 }
 
 /* At least 256 bytes. */
 WIDE_FOLDING static u32 crc_by_wide_folding(u32 crc, const u8 *data, size_t size) {
     const __m512i times = _mm512_broadcast_i32x4(constants(TIMES_X2048));
     const __m512i next = _mm512_broadcast_i32x4(constants(TIMES_X512));
-    const __m128i within = constants(TIMES_X128);
     __m512i a = _mm512_loadu_si512(data), b = _mm512_loadu_si512(data + 64);
     __m512i c = _mm512_loadu_si512(data + 128), d = _mm512_loadu_si512(data + 192);
     a = _mm512_xor_si512(a, _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)crc)));
@@ -115,13 +95,13 @@ WIDE_FOLDING static u32 crc_by_wide_folding(u32 crc, const u8 *data, size_t size
     }
     a = wide_fold(wide_fold(wide_fold(a, next, b), next, c), next, d);
     for (; size >= 64; data += 64, size -= 64) a = wide_fold(a, next, _mm512_loadu_si512(data));
-    __m128i x = fold(_mm512_extracti32x4_epi32(a, 0), within, _mm512_extracti32x4_epi32(a, 1));
-    x = fold(fold(x, within, _mm512_extracti32x4_epi32(a, 2)), within, _mm512_extracti32x4_epi32(a, 3));
-    return finish(x, data, size);
+    return finish(narrow(a), data, size);
 }
 
+WIDE_FOLDING u32 crc32_folded(__m512i x) { return finish(narrow(x), NULL, 0); }
+
 static int has_folding(void) { return __builtin_cpu_supports("pclmul"); }
-static int has_wide_folding(void) {
+int has_wide_folding(void) {
     return has_folding() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq");
 }
 

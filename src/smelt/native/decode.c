@@ -193,18 +193,24 @@ static int decode_body(const u8 *in, size_t size, u8 *out, size_t count, int wid
     }
 }
 
-/* Elements of a body.  level: -1 for the best of this machine. */
-SMELT_API int smelt_chunk_decode(const u8 *body, size_t size, void *elements, size_t count, int width, int level) {
+/* -1: the best of this machine; PAST_CACHE: the same, for elements of more bytes than the cache has. */
+static int used_level(int level) {
     const int best = best_level();
+    if (level == PAST_CACHE && best == AVX512) return PAST_CACHE;
+    return level < 0 || level > best ? best : level;
+}
+
+/* Elements of a body; `level` as in used_level. */
+SMELT_API int smelt_chunk_decode(const u8 *body, size_t size, void *elements, size_t count, int width, int level) {
     if (width != 1 && width != 2 && width != 4 && width != 8) return WRONG_CALL;
     if (!count || count > MOST) return WRONG_CALL;
-    return decode_body(body, size, elements, count, width, level < 0 || level > best ? best : level, 0);
+    return decode_body(body, size, elements, count, width, used_level(level), 0);
 }
 
 /* The same, and DAMAGED where the CRC-32 of the body differs; it is taken while the body is decoded, if it can be. */
 SMELT_API int smelt_chunk_decode_checked(const u8 *body, size_t size, void *elements, size_t count, int width,
                                          int level, u32 crc) {
-    const int best = best_level(), used = level < 0 || level > best ? best : level;
+    const int used = used_level(level);
     if ((width != 1 && width != 2 && width != 4 && width != 8) || !count || count > MOST) return WRONG_CALL;
     if (size && body[0] == SPLIT) return decode_split(body + 1, size - 1, elements, count, width, used, &crc);
     if (size && body[0] == BYTES && width == 1) return decode_bytes(body + 1, size - 1, elements, count, used, &crc);

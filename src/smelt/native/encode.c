@@ -137,7 +137,7 @@ static int64_t write_split(const u8 *x, size_t count, cut c, u8 *tops, const u32
 
 static int64_t encode_bytes(const u8 *x, size_t count, int kind, sink to) {
     u32 counts[256], rotated[256], nibbles[256] = {0};
-    histogram(x, count, counts);
+    histogram(x, count, to.level, counts);
     if (kind == BOOL && counts[0] + counts[1] == count && to.cap > 1 && count > 1) {
         const size_t bytes = (count + 7) / 8;
         u8 *packed = calloc(bytes, 1);
@@ -273,7 +273,7 @@ static int64_t encode_cut(const u8 *x, size_t count, int width, int kind, sink t
     const cut usual = {width, 8 * width - 8, 1}; /* its parts are written at once */
     const int room = to.cap >= parts_size(count, usual.rest) + 8;
     split_elements(to.level, usual, x, count, tops, room ? to.out + 2 : NULL);
-    histogram(tops, count, counts);
+    histogram(tops, count, to.level, counts);
     const cut c = best_cut(counts, count, width, 1, kind == E5 ? 3 : 0, to.coder, &best, &least);
     const int64_t n = write_split(room && c.rest == usual.rest ? NULL : x, count, c, tops, counts, &best, to);
     free(tops);

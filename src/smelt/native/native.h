@@ -30,7 +30,8 @@ typedef uint64_t u64;
 enum { OK = 0, DAMAGED = -1, NO_MEMORY = -2, NO_ROOM = -3, WRONG_CALL = -4 };
 
 /* What the machine can do; every level gives the same results. */
-enum { PORTABLE = 0, SIMD = 1 /* AVX2 or NEON */, AVX512 = 2 };
+enum { PORTABLE = 0, SIMD = 1 /* AVX2 or NEON */, AVX512 = 2,
+       PAST_CACHE = 3 /* AVX-512 that writes past the cache what will not stay in it anyway */ };
 int best_level(void); /* of this machine */
 
 /* Kinds of bodies. */

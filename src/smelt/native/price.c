@@ -17,10 +17,37 @@ u32 log2_fixed(u32 v) {
     return result;
 }
 
-void histogram(const u8 *symbols, size_t count, u32 *counts) {
+/* The symbols that occur, most frequent first; returns their number. */
+static int sorted(const u32 *counts, u8 *order) {
+    int used = 0;
+    for (int s = 0; s < 256; s++) {
+        if (!counts[s]) continue;
+        int i = used++;
+        for (; i && counts[order[i - 1]] < counts[s]; i--) order[i] = order[i - 1];
+        order[i] = (u8)s;
+    }
+    return used;
+}
+
+/* With few symbols vectors compare faster than a table counts; those that a look at some has missed are counted in it. */
+static size_t compare_symbols(const u8 *symbols, size_t count, int level, u32 *counts) {
+#if defined(SMELT_X86)
+    u8 order[256];
+    u32 some[256];
+    const size_t part = 4096;
+    if (level < AVX512 || count < 8 * part) return 0;
+    histogram(symbols + count / 2, part, PORTABLE, some);
+    const int used = sorted(some, order);
+    if (used <= 32) return histogram_avx512(symbols, count, order, used, counts);
+#endif
+    (void)symbols, (void)count, (void)level, (void)counts;
+    return 0;
+}
+
+void histogram(const u8 *symbols, size_t count, int level, u32 *counts) {
     u32 t[4][256];
-    size_t i = 0;
     memset(t, 0, sizeof t);
+    size_t i = compare_symbols(symbols, count, level, t[0]);
     for (; i + 8 <= count; i += 8) {
         u64 v;
         memcpy(&v, symbols + i, 8);
@@ -102,18 +129,6 @@ static void price_rans(const u32 *counts, const u8 *order, int used, size_t coun
     c->price += 160 * (u64)count; /* 0.0024 bits: states of few bits are coarse */
 }
 
-/* The symbols that occur, most frequent first; returns their number. */
-static int sorted(const u32 *counts, u8 *order) {
-    int used = 0;
-    for (int s = 0; s < 256; s++) {
-        if (!counts[s]) continue;
-        int i = used++;
-        for (; i && counts[order[i - 1]] < counts[s]; i--) order[i] = order[i - 1];
-        order[i] = (u8)s;
-    }
-    return used;
-}
-
 /* The best of the numbers of buckets.  256 of them must save 1/SLOWER. */
 void price_plane(const u32 *counts, size_t count, choice *best) {
     u8 order[256];
@@ -135,7 +150,7 @@ u64 price_huffman(const u32 *counts, size_t count) {
 
 /* ---- several tables: blocks of 1024 symbols are grouped by what would code them best */
 
-enum { ROUNDS = 3, ENTRIES = 32, BLOCKS = 1024, SAMPLE = 8 };
+enum { ROUNDS = 2, ENTRIES = 32, BLOCKS = 1024, SAMPLE = 8 };
 
 /* Counts and costs are int16, so that compilers multiply them eight and more at a time. */
 typedef struct {

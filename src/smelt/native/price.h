@@ -21,7 +21,7 @@ typedef struct {
 } choice;
 
 u32 log2_fixed(u32 v); /* log2(v) * 65536, rounded down; v > 0 */
-void histogram(const u8 *symbols, size_t count, u32 *counts);
+void histogram(const u8 *symbols, size_t count, int level, u32 *counts);
 
 /* The best rANS of one table for symbols that occur `counts` times. */
 void price_plane(const u32 *counts, size_t count, choice *best);

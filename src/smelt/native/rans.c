@@ -70,7 +70,10 @@ void rans_build(const rans_plan *plan, int number, rans_table *table, rans_coder
     for (int i = 0; i < k; i++) offset[i] = below[i];
     if (coder) {
         u32 start = 0;
-        for (int i = 0; i < 256; i++) coder->freq[i] = freq[i], coder->start[i] = start, start += freq[i] >> shift;
+        for (int i = 0; i < 256; i++) {
+            coder->freq[i] = freq[i], coder->start[i] = start, start += freq[i] >> shift;
+            coder->inverse[i] = freq[i] ? (1.0f - 0x1p-22f) / (float)freq[i] : 0.0f; /* rounding thrice adds less */
+        }
     }
     for (int b = 0; b < k; b++) {
         const int o = other[b], own = below[b];

@@ -16,6 +16,7 @@ typedef struct {
 /* What the encoder needs of a table: rank -> slot in units. */
 typedef struct {
     u32 freq[256], start[256]; /* in slots; first unit in `map` */
+    float inverse[256];        /* of freq, never too large; 0 of 0 */
     u16 map[(1 << 14) + 2];
 } rans_coder;
 
@@ -38,15 +39,20 @@ typedef size_t rans_code(const rans_coder *coders, const rans_plan *plan, const 
 rans_code rans_code_portable, rans_code_avx512;
 
 /* rans_run_avx512 with exponents joined to sign and mantissa: out = u16 (symbol << 8 | rest), rotated right by one bit.
-   past_cache: write to memory at once, which is faster where it would not stay in the cache anyway. */
+   past_cache: write to memory at once, which is faster where it would not stay in the cache anyway.
+   crc: goes on by the bytes of `rest` that are used up; or NULL. */
 size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
-                            const u8 *rest, u8 *out, int past_cache);
+                            const u8 *rest, u8 *out, int past_cache, u32 *crc);
 
 /* out[i] = map[in[i]]; count is a multiple of 64. */
 void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out);
 
 /* How often each entry below `used` stands in `entries`. */
 void count_avx512(const u8 *entries, size_t count, int used, int16_t *counts);
+
+/* Adds to counts[s] how often s stands in symbols[0 .. n); returns n, of which 64 is a divisor.  order: `used` <= 32
+   symbols, which should be nearly all that occur. */
+size_t histogram_avx512(const u8 *symbols, size_t count, const u8 *order, int used, u32 *counts);
 
 static inline int log2_of(u32 v) {
     int n = 0;

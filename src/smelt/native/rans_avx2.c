@@ -226,6 +226,7 @@ INLINE size_t run(const void *tables, rans_lanes *lanes, size_t steps, u8 *out, 
     load_lanes(low, lanes->low);
     for (; done < steps && lanes->end - words >= 2 * LANES; done++, out += LANES) {
         u32 empty[GROUPS];
+        _mm_prefetch((const char *)words + 1024, _MM_HINT_T0);
         if (k == 256) step256(tables, high, low, out, empty);
         else step(tables, high, low, out, empty, k);
         for (int g = 0; g < GROUPS; g++) words = take_words(high + g, low + g, empty[g], words);

@@ -2,6 +2,7 @@
 
    A state is two 16-bit words.  The low bits of `low` are the bucket, which is the index that vpermw looks up;
    x = frequency * high + rank is a 16 x 16 bit product with carry; a word is read where `high` became 0. */
+#include "folding.h"
 #include "rans.h"
 #include "split.h"
 
@@ -9,9 +10,12 @@
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt,bmi2")))
+/* Carry-less products only where the caller found has_wide_folding(). */
+#define WIDE_TARGET                                                                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt,bmi2,pclmul,vpclmulqdq")))
 
 typedef struct {
-    __m512i from, own, other, bias, own_value, other_value;
+    __m512i from, own, other, bias, values; /* values: its own in the high byte, the other in the low one */
 } registers;
 
 TARGET static inline __m512i wide(const u8 *values, int k) {
@@ -25,19 +29,19 @@ TARGET static inline __m512i words_of(const u16 *values, int k) {
                    : _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
 }
 
-TARGET static inline registers load(const rans_table *t, int value_shift) {
+TARGET static inline registers load_table(const rans_table *t) {
     const int k = t->buckets;
-    const __m128i by = _mm_cvtsi32_si128(value_shift);
+    const __m512i own = _mm512_slli_epi16(wide(t->own_value, k), 8), other = wide(t->other_value, k);
     return (registers){words_of(t->from, k), words_of(t->own_freq, k), words_of(t->other_freq, k), words_of(t->bias, k),
-                       _mm512_sll_epi16(wide(t->own_value, k), by), _mm512_sll_epi16(wide(t->other_value, k), by)};
+                       _mm512_or_si512(own, other)};
 }
 
-/* One symbol of 32 lanes. */
+/* One symbol of 32 lanes, in the high bytes; the low ones hold anything. */
 TARGET static inline __m512i next(const registers *t, int shift, __m512i *high, __m512i *low, const u8 **words) {
     const __m512i l = *low, h = *high;
     const __mmask32 k = _mm512_cmpge_epu16_mask(l, _mm512_permutexvar_epi16(l, t->from));
     const __m512i f = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(l, t->own), k, l, t->other);
-    const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(l, t->own_value), k, l, t->other_value);
+    const __m512i both = _mm512_permutexvar_epi16(l, t->values);
     const __m512i position = _mm512_srli_epi16(l, (unsigned)shift);
     const __m512i rank = _mm512_add_epi16(position, _mm512_maskz_permutexvar_epi16(k, l, t->bias));
     const __m512i lo = _mm512_add_epi16(_mm512_mullo_epi16(f, h), rank);
@@ -47,7 +51,7 @@ TARGET static inline __m512i next(const registers *t, int shift, __m512i *high, 
     *high = _mm512_mask_mov_epi16(hi, empty, lo);
     *low = _mm512_mask_expand_epi16(lo, empty, _mm512_loadu_si512(*words));
     *words += 2 * (unsigned)__builtin_popcount(empty);
-    return value;
+    return _mm512_mask_slli_epi16(both, k, both, 8);
 }
 
 #define LOAD_LANES                                                                                                     \
@@ -67,64 +71,103 @@ TARGET static inline __m512i next(const registers *t, int shift, __m512i *high, 
 #define FAR (lanes->end - w >= 256)
 
 /* Steps until the table changes: all of them where there is one table. */
-#define EACH_TABLE(VALUE_SHIFT)                                                                                        \
+#define EACH_TABLE                                                                                                     \
     for (size_t stop; done < steps && FAR;) {                                                                          \
-        const registers t = load(tables + (classes ? *classes++ : 0), VALUE_SHIFT);                                    \
+        const registers t = load_table(tables + (classes ? *classes++ : 0));                                           \
         stop = classes && steps - done > BLOCK / LANES ? done + BLOCK / LANES : steps;                                 \
         for (; done < stop && FAR; done++)
 
-#define RUN(NAME, SHIFT)                                                                                               \
-    TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) { \
-        LOAD_LANES                                                                                                     \
-        EACH_TABLE(0) {                                                                                                \
-            _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
-                __m512i value = next(&t, SHIFT, high + g, low + g, &w);                                                \
-                _mm256_storeu_si256((__m256i *)(out + LANES * done + 32 * (size_t)g), _mm512_cvtepi16_epi8(value));    \
-            }                                                                                                          \
-        }                                                                                                              \
-        }                                                                                                              \
-        STORE_LANES                                                                                                    \
-    }
-RUN(run16, 4)
-RUN(run32, 5)
+/* What is read next may lie on a page on which the processor has not begun to look ahead.  A macro: gcc 12 takes
+   functions that only prefetch to do nothing. */
+enum { AHEAD = 2048 };
+#define PREFETCH(DATA) _mm_prefetch((const char *)(DATA), _MM_HINT_T0)
 
-/* Exponents joined at once: out = (value << 8 | rest) rotated right by one bit. */
-#define RUN_BF16(NAME, SHIFT, STORE)                                                                                          \
-    TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,            \
-                              const u8 *rest, u8 *out) {                                                               \
-        LOAD_LANES                                                                                                     \
-        EACH_TABLE(8) {                                                                                                \
-            _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                      \
-                const size_t at = LANES * done + 32 * (size_t)g;                                                       \
-                __m512i x = next(&t, SHIFT, high + g, low + g, &w);                                                    \
-                x = _mm512_or_si512(x, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + at))));        \
-                STORE((void *)(out + 2 * at), _mm512_shrdi_epi16(x, x, 1));                                            \
-            }                                                                                                          \
-        }                                                                                                              \
-        }                                                                                                              \
-        STORE_LANES                                                                                                    \
-    }
-RUN_BF16(bf16_16, 4, _mm512_storeu_si512)
-RUN_BF16(bf16_32, 5, _mm512_storeu_si512)
-RUN_BF16(bf16_16_past, 4, _mm512_stream_si512)
-RUN_BF16(bf16_32_past, 5, _mm512_stream_si512)
+#define INLINE static inline __attribute__((always_inline))
+#define MASKED_OR 0xEC /* of a, b, c: (a & c) | b */
 
-size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) {
-    return tables->buckets == 16   ? run16(tables, classes, lanes, steps, out)
-           : tables->buckets == 32 ? run32(tables, classes, lanes, steps, out)
+TARGET INLINE size_t run_bytes(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out,
+                               const int shift) {
+    const __m512i highs = _mm512_set1_epi16((short)0xFF00);
+    u8 places[64]; /* bytes 0, 2, 4 ..., then 1, 3, 5 ... */
+    for (int i = 0; i < 64; i++) places[i] = (u8)(2 * (i & 31) + (i >> 5));
+    const __m512i order = _mm512_loadu_si512(places);
+    LOAD_LANES
+    EACH_TABLE {
+        PREFETCH(w + AHEAD / 2), PREFETCH(out + LANES * done + AHEAD), PREFETCH(out + LANES * done + AHEAD + 64);
+        _Pragma("GCC unroll 2") for (int g = 0; g < 4; g += 2) {
+            const __m512i a = next(&t, shift, high + g, low + g, &w), b = next(&t, shift, high + g + 1, low + g + 1, &w);
+            const __m512i x = _mm512_ternarylogic_epi32(b, _mm512_srli_epi16(a, 8), highs, MASKED_OR);
+            _mm512_storeu_si512(out + LANES * done + 32 * (size_t)g, _mm512_permutexvar_epi8(order, x));
+        }
+    }
+    }
+    STORE_LANES
+}
+
+/* Exponents joined at once: out = (value << 8 | rest) rotated right by one bit.  The CRC of `rest` costs little here,
+   where one waits for the states anyway. */
+WIDE_TARGET INLINE size_t run_bf16(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
+                                   const u8 *rest, u8 *out, u32 *crc, const int shift, const int past, const int summed) {
+    const __m512i highs = _mm512_set1_epi16((short)0xFF00);
+    const __m512i times = _mm512_broadcast_i32x4(constants(TIMES_X1024));
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    __m512i before = summed ? _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)~*crc)) : sums[0];
+    LOAD_LANES
+    EACH_TABLE {
+        PREFETCH(rest + LANES * done + AHEAD), PREFETCH(rest + LANES * done + AHEAD + 64), PREFETCH(w + AHEAD / 2);
+        _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {
+            const size_t at = LANES * done + 32 * (size_t)g;
+            __m512i x = next(&t, shift, high + g, low + g, &w);
+            const __m512i y = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rest + at)));
+            x = _mm512_ternarylogic_epi32(x, y, highs, MASKED_OR);
+            x = _mm512_shrdi_epi16(x, x, 1);
+            if (past) _mm512_stream_si512((void *)(out + 2 * at), x);
+            else _mm512_storeu_si512(out + 2 * at, x);
+        }
+        if (summed) {
+            const u8 *data = rest + LANES * done;
+            sums[0] = wide_fold(sums[0], times, _mm512_xor_si512(_mm512_loadu_si512(data), before));
+            sums[1] = wide_fold(sums[1], times, _mm512_loadu_si512(data + 64));
+            before = _mm512_setzero_si512();
+        }
+    }
+    }
+    if (summed && done)
+        *crc = ~crc32_folded(wide_fold(sums[0], _mm512_broadcast_i32x4(constants(TIMES_X512)), sums[1]));
+    if (past) _mm_sfence();
+    STORE_LANES
+}
+
+TARGET size_t rans_run_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps, u8 *out) {
+    return tables->buckets == 16   ? run_bytes(tables, classes, lanes, steps, out, 4)
+           : tables->buckets == 32 ? run_bytes(tables, classes, lanes, steps, out, 5)
                                    : 0;
 }
 
+#define BF16(NAME, SHIFT, PAST, SUMMED)                                                                                \
+    WIDE_TARGET static size_t NAME(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,       \
+                                   const u8 *rest, u8 *out, u32 *crc) {                                                \
+        return run_bf16(tables, classes, lanes, steps, rest, out, crc, SHIFT, PAST, SUMMED);                           \
+    }
+BF16(bf16_16, 4, 0, 0)
+BF16(bf16_32, 5, 0, 0)
+BF16(bf16_16_past, 4, 1, 0)
+BF16(bf16_32_past, 5, 1, 0)
+BF16(bf16_16_summed, 4, 0, 1)
+BF16(bf16_32_summed, 5, 0, 1)
+BF16(bf16_16_past_summed, 4, 1, 1)
+BF16(bf16_32_past_summed, 5, 1, 1)
+
 size_t rans_run_bf16_avx512(const rans_table *tables, const u8 *classes, rans_lanes *lanes, size_t steps,
-                            const u8 *rest, u8 *out, int past_cache) {
+                            const u8 *rest, u8 *out, int past_cache, u32 *crc) {
+    typedef size_t kernel(const rans_table *, const u8 *, rans_lanes *, size_t, const u8 *, u8 *, u32 *);
+    static kernel *const kernels[2][2][2] = {
+        {{bf16_16, bf16_16_summed}, {bf16_16_past, bf16_16_past_summed}},
+        {{bf16_32, bf16_32_summed}, {bf16_32_past, bf16_32_past_summed}},
+    };
     if (tables->buckets > 32) return 0;
-    const int few = tables->buckets == 16;
-    if (!past_cache || (uintptr_t)out % 64)
-        return few ? bf16_16(tables, classes, lanes, steps, rest, out) : bf16_32(tables, classes, lanes, steps, rest, out);
-    const size_t done = few ? bf16_16_past(tables, classes, lanes, steps, rest, out)
-                            : bf16_32_past(tables, classes, lanes, steps, rest, out);
-    _mm_sfence();
-    return done;
+    const int past = past_cache && (uintptr_t)out % 64 == 0;
+    return kernels[tables->buckets == 32][past][crc != NULL](tables, classes, lanes, steps, rest, out, crc);
 }
 
 /* Of `spread` what whole vectors do; stops where one might read beyond the values. */
@@ -160,6 +203,17 @@ TARGET void map_avx512(const u8 *map, const u8 *in, size_t count, u8 *out) {
     }
 }
 
+/* How often a symbol stands in 1024 bytes. */
+TARGET static inline u32 number_of(const __m512i *x, u8 symbol) {
+    const __m512i wanted = _mm512_set1_epi8((char)symbol), one = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+    __m512i even = zero, odd = zero;
+    for (int i = 0; i < 16; i += 2) {
+        even = _mm512_mask_add_epi8(even, _mm512_cmpeq_epi8_mask(x[i], wanted), even, one);
+        odd = _mm512_mask_add_epi8(odd, _mm512_cmpeq_epi8_mask(x[i + 1], wanted), odd, one);
+    }
+    return (u32)_mm512_reduce_add_epi64(_mm512_sad_epu8(_mm512_add_epi8(even, odd), zero));
+}
+
 /* One comparison an entry and vector: with few entries faster than a table of counters. */
 TARGET void count_avx512(const u8 *entries, size_t count, int used, int16_t *counts) {
     __m512i x[16];
@@ -170,29 +224,41 @@ TARGET void count_avx512(const u8 *entries, size_t count, int used, int16_t *cou
             const __mmask64 here = left >= 64 ? ~(u64)0 : ((u64)1 << left) - 1;
             x[i] = _mm512_mask_loadu_epi8(_mm512_set1_epi8(-1), here, entries + (here ? 64 * i : 0));
         }
-        for (int s = 0; s < used; s++) {
-            const __m512i symbol = _mm512_set1_epi8((char)s);
-            u64 sum = 0;
-            for (int i = 0; i < 16; i++) sum += (u64)__builtin_popcountll(_mm512_cmpeq_epi8_mask(x[i], symbol));
-            counts[s] = (int16_t)(counts[s] + (int)sum);
-        }
+        for (int s = 0; s < used; s++) counts[s] = (int16_t)(counts[s] + (int)number_of(x, (u8)s));
     }
 }
 
-/* ---- encoding: 16 lanes a vector; x / f by a reciprocal in binary32, off by at most one, then put right */
+TARGET size_t histogram_avx512(const u8 *symbols, size_t count, const u8 *order, int used, u32 *counts) {
+    u8 missing[256]; /* 0 for those that are compared */
+    memset(missing, 255, sizeof missing);
+    for (int s = 0; s < used; s++) missing[order[s]] = 0;
+    const __m512i a = _mm512_loadu_si512(missing), b = _mm512_loadu_si512(missing + 64);
+    const __m512i c = _mm512_loadu_si512(missing + 128), d = _mm512_loadu_si512(missing + 192);
+    size_t begin = 0;
+    for (; begin + 1024 <= count; begin += 1024) {
+        __m512i x[16];
+        for (int i = 0; i < 16; i++) {
+            x[i] = _mm512_loadu_si512(symbols + begin + 64 * i);
+            const __m512i low = _mm512_permutex2var_epi8(a, x[i], b), high = _mm512_permutex2var_epi8(c, x[i], d);
+            const __mmask64 upper = _mm512_movepi8_mask(x[i]);
+            u64 rare = _mm512_movepi8_mask(_mm512_mask_blend_epi8(upper, low, high));
+            for (; rare; rare &= rare - 1) counts[symbols[begin + 64 * (size_t)i + (size_t)__builtin_ctzll(rare)]]++;
+        }
+        for (int s = 0; s < used; s++) counts[order[s]] += number_of(x, order[s]);
+    }
+    return begin;
+}
 
-TARGET static inline __m512i look(const u32 *values, __m512i s, __m512i a, __m512i b, int k) {
+/* ---- encoding: 16 lanes a vector; x / f by a reciprocal in binary32, at most one too small, then put right */
+
+TARGET static inline __m512i look(const void *values, __m512i s, __m512i a, __m512i b, int k) {
     return k > 32 ? _mm512_i32gather_epi32(s, values, 4) : _mm512_permutex2var_epi32(a, s, b);
 }
 
 /* One block with one table. */
 TARGET static inline u16 *code_block(const rans_coder *coder, const rans_plan *plan, const u8 *entries, size_t count,
                                      u16 *w, __m512i *x, int k) {
-    u32 inverse[256];
-    for (int i = 0; i < k; i++) {
-        float one = coder->freq[i] ? 1.0f / (float)coder->freq[i] : 0.0f;
-        memcpy(inverse + i, &one, 4);
-    }
+    const float *inverse = coder->inverse;
     const __m512i f0 = _mm512_loadu_si512(coder->freq), f1 = _mm512_loadu_si512(coder->freq + 16);
     const __m512i s0 = _mm512_loadu_si512(coder->start), s1 = _mm512_loadu_si512(coder->start + 16);
     const __m512i i0 = _mm512_loadu_si512(inverse), i1 = k > 16 ? _mm512_loadu_si512(inverse + 16) : i0;
@@ -212,8 +278,6 @@ TARGET static inline u16 *code_block(const rans_coder *coder, const rans_plan *p
             const __m512i y = _mm512_mask_srli_epi32(x[g], full, x[g], 16);
             __m512i q = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_cvtepu32_ps(y), inv));
             __m512i r = _mm512_sub_epi32(y, _mm512_mullo_epi32(q, f));
-            const __mmask16 low = _mm512_cmplt_epi32_mask(r, _mm512_setzero_si512());
-            r = _mm512_mask_add_epi32(r, low, r, f), q = _mm512_mask_sub_epi32(q, low, q, one);
             const __mmask16 high = _mm512_cmpge_epi32_mask(r, f);
             r = _mm512_mask_sub_epi32(r, high, r, f), q = _mm512_mask_add_epi32(q, high, q, one);
             __m512i slot = _mm512_add_epi32(start, _mm512_srl_epi32(r, shift));

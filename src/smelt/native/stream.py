@@ -26,6 +26,7 @@ CRC = 4
 LEAST = 2  # bytes of a body
 GROUPS = 4  # per thread, so that none waits long for another
 DAMAGED, NO_MEMORY = -1, -2
+LARGE, PAST_CACHE = 1 << 23, 3  # bytes that stay in no cache; the level for them (native.h)
 
 _T = TypeVar("_T")
 _NONE = np.empty(0, np.uint8)
@@ -78,22 +79,20 @@ def encode(
     # The head, the sizes of the chunks, and for each chunk as much room as it may need.
     head = bytes([0]) + (varint(count) if counted else b"") + bytes([chunk]) * table
     first = len(head) + 4 * number * table
-    room = CRC + _bound(min(count, 1 << chunk), width)
+    room, gap = CRC + _bound(min(count, 1 << chunk), width), 0 if checks is False else CRC
     stream = np.empty(first + number * room, np.uint8)
-    write = _writer(words, kind, coder, chunk, stream[first:], room)
-    sizes = np.array(_in_groups(write, number, threads), np.int64)
-    if checks is None:
-        checks = first + int(sizes.sum()) >= SMALL
+    groups = _in_groups(_writer(words, kind, coder, chunk, stream[first:], room, gap), number, threads)
+    sizes = np.array([size for _, found in groups for size in found], np.int64)
+    checks = bool(gap) and (bool(checks) or first + int(sizes.sum()) >= SMALL)
     end = first
-    for i, size in enumerate(sizes.tolist()):  # together, with their checksums before them
-        begin = first + i * room + CRC
-        body = stream[begin : begin + size]
-        if checks:
-            stream[end : end + CRC] = np.frombuffer(native.crc32(body).to_bytes(CRC, "little"), np.uint8)
-            end += CRC
-        if end != begin:
-            stream[end : end + size] = body
-        end += size
+    for place, found in groups:  # close up
+        begin = first + place
+        whole = [(0, sum(found) + gap * len(found))]
+        for skip, size in whole if checks or not gap else [(gap, size) for size in found]:
+            begin += skip
+            if end != begin:
+                stream[end : end + size] = stream[begin : begin + size]
+            begin, end = begin + size, end + size
     stream[: len(head)] = np.frombuffer(head, np.uint8)
     stream[0] = WIDTHS.index(width) | TABLE * table | CHECKS * checks | UNCOUNTED * (not counted)
     if table:
@@ -108,28 +107,37 @@ def _bound(count: int, width: int) -> int:
 
 
 def _writer(
-    words: np.ndarray, kind: str, coder: str, chunk: int, place: np.ndarray, room: int
-) -> Callable[[Sequence[int]], list[int]]:
-    """What writes the bodies of some chunks, chunk i CRC bytes behind i * room, and gives their sizes."""
-    library = native.coder()
-    most = min(words.size, 1 << chunk)
+    words: np.ndarray, kind: str, coder: str, chunk: int, place: np.ndarray, room: int, gap: int
+) -> Callable[[Sequence[int]], list[tuple[int, list[int]]]]:
+    """What writes the bodies of some chunks one after another, each behind its checksum if there is a gap for it.
 
-    def write(chunks: Sequence[int]) -> list[int]:
+    It gives where they begin, which is where the first of them has its room, and their sizes.
+    """
+    library = native.coder()
+
+    def body(i: int, to: int) -> int:
+        here = words[i << chunk : (i + 1) << chunk]
+        if library is None:
+            coded = portable.encode_chunk(here, kind, coder)
+            place[to : to + len(coded)] = np.frombuffer(coded, np.uint8)
+            return len(coded)
+        source, out = words.ctypes.data + (i << chunk) * words.itemsize, place.ctypes.data + to
+        numbers = portable.KINDS[kind][0], portable.CODERS.index(coder)
+        size: int = library.smelt_chunk_encode(source, here.size, words.itemsize, *numbers, out, room - CRC)
+        _check(size)
+        return size
+
+    def write(chunks: Sequence[int]) -> list[tuple[int, list[int]]]:
+        begin = to = chunks[0] * room
         sizes = []
         for i in chunks:
-            to = i * room + CRC
-            if library is None:
-                body = portable.encode_chunk(words[i << chunk : (i + 1) << chunk], kind, coder)
-                place[to : to + len(body)] = np.frombuffer(body, np.uint8)
-                sizes.append(len(body))
-                continue
-            here = min(words.size - (i << chunk), most)
-            source, out = words.ctypes.data + (i << chunk) * words.itemsize, place.ctypes.data + to
-            numbers = portable.KINDS[kind][0], portable.CODERS.index(coder)
-            size = library.smelt_chunk_encode(source, here, words.itemsize, *numbers, out, room - CRC)
-            _check(size)
+            size = body(i, to + gap)
+            if gap:
+                crc = native.crc32(place[to + gap : to + gap + size])
+                place[to : to + gap] = np.frombuffer(crc.to_bytes(gap, "little"), np.uint8)
             sizes.append(size)
-        return sizes
+            to += gap + size
+        return [(begin, sizes)]
 
     return write
 
@@ -239,6 +247,7 @@ class Stream:
         library = native.coder()
         data, width, chunk = self._bytes, self.width, self._chunk
         at, to = data.ctypes.data, out.ctypes.data
+        level = PAST_CACHE if out.nbytes >= LARGE else -1
         stop = start + out.size
 
         def decode(i: int, count: int, place: int) -> np.ndarray:
@@ -252,9 +261,9 @@ class Stream:
                 require(crc is None or native.crc32(data[begin:end]) == crc, "its checksum differs")
                 return portable.decode_chunk(data[begin:end], count, width)
             if crc is None:
-                _check(library.smelt_chunk_decode(at + begin, end - begin, place, count, width, -1))
+                _check(library.smelt_chunk_decode(at + begin, end - begin, place, count, width, level))
                 return _NONE
-            result = library.smelt_chunk_decode_checked(at + begin, end - begin, place, count, width, -1, crc)
+            result = library.smelt_chunk_decode_checked(at + begin, end - begin, place, count, width, level, crc)
             require(result != DAMAGED or native.crc32(data[begin:end]) == crc, "its checksum differs")
             _check(result)
             return _NONE

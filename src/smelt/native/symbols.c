@@ -3,9 +3,10 @@
 
 #include <stdlib.h>
 
+#include "folding.h"
 #include "rans.h"
 
-enum { BATCH = 8192, STRIDE = 32768 /* of what needs no room for symbols */, LARGE = 1 << 19 };
+enum { BATCH = 8192, STRIDE = 32768 /* of what needs no room for symbols */ };
 
 typedef struct {
     const u8 *at, *end; /* the list, checked before */
@@ -154,8 +155,11 @@ static int decode_rans(const u8 *in, size_t size, const u8 *parts, cut c, u8 *ou
         if (c.width == 2 && c.rest == 8 && c.rotate && level >= AVX512 && number == LANES && begin % BLOCK == 0) {
             const u8 *class = plan->tables > 1 ? classes + begin / BLOCK : NULL;
             extend_words(work);
+            piece *p = sum->number > 1 && has_wide_folding() ? &sum->pieces[0] : NULL; /* that of `parts` */
+            const int follows = p && p->at == parts + begin;
             done = LANES * rans_run_bf16_avx512(work->table, class, lanes, now / LANES, parts + begin, out + 2 * begin,
-                                                count >= LARGE);
+                                                level == PAST_CACHE, follows ? &p->crc : NULL);
+            if (follows) p->at += done;
             for (; e.position < begin + done; next_escape(&e)) {
                 u32 x = (u32)e.symbol << 8 | parts[e.position];
                 put16(out + 2 * e.position, (u16)(x >> 1 | x << 15));
@@ -163,7 +167,7 @@ static int decode_rans(const u8 *in, size_t size, const u8 *parts, cut c, u8 *ou
         }
 #endif
         if (!done) {
-            if (now > BATCH) now = BATCH;
+            if (!straight && now > BATCH) now = BATCH;
             u8 *symbols = straight ? out + begin : work->symbols;
             if (run(work, classes, begin, now, symbols, level) != OK) return DAMAGED;
             for (; e.position < begin + now; next_escape(&e)) symbols[e.position - begin] = e.symbol;
