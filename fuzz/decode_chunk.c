@@ -18,14 +18,15 @@ static int decode(const u8 *body, size_t size, u8 *out, size_t count, int width,
 }
 
 int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
-    const int best = best_level();
+    const int best = best_level() + (best_level() == AVX512); /* the last: PAST_CACHE */
     int width, first = 0;
     size_t count;
     if (size < HEAD) return -1;
     read_head(data, &width, &count);
     size_t needed = 0; /* allocations */
     const size_t bytes = count * (size_t)width;
-    u8 *body = malloc(size - HEAD), *one = malloc(bytes), *other = malloc(bytes);
+    u8 *body = malloc(size - HEAD), *one = malloc(bytes), *space = malloc(bytes + 64 * (data[size - 1] & 1));
+    u8 *other = space + (data[size - 1] & 1 ? (0 - (uintptr_t)space) % 64 : 0); /* on lines of the cache, or in exact room */
     memcpy(body, data + HEAD, size - HEAD);
     for (int level = 0; level <= best; level++) {
         u8 *out = level ? other : one;
@@ -47,7 +48,7 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
         const int result = decode(body, size - HEAD, other, count, width, (int)(size / 8 % 3), fails);
         check(result == NO_MEMORY, "a result without memory");
     }
-    free(body), free(one), free(other);
+    free(body), free(one), free(space);
     return 0;
 }
 

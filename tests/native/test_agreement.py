@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from smelt import native
 from smelt.native import portable
 from smelt.native.portable import decode_chunk, encode_chunk
+from smelt.native.stream import PAST_CACHE
 from tests.native import build
 from tests.native.samples import (
     WAYS,
@@ -52,7 +53,7 @@ def levels() -> list[int]:
     library = native.library()
     if library is None or not hasattr(library, "smelt_chunk_encode"):
         pytest.skip("the C library is not built")
-    return [-1, *range(int(library.smelt_best_level()) + 1)]
+    return [-1, *range(int(library.smelt_best_level()) + 1), PAST_CACHE]
 
 
 @pytest.mark.parametrize("name", samples())

@@ -98,7 +98,7 @@ WIDE_FOLDING static u32 crc_by_wide_folding(u32 crc, const u8 *data, size_t size
     return finish(narrow(a), data, size);
 }
 
-WIDE_FOLDING u32 crc32_folded(__m512i x) { return finish(narrow(x), NULL, 0); }
+WIDE_FOLDING u32 crc32_folded(const u8 *data) { return finish(narrow(_mm512_loadu_si512(data)), data, 0); }
 
 static int has_folding(void) { return __builtin_cpu_supports("pclmul"); }
 int has_wide_folding(void) {

@@ -33,7 +33,7 @@ WIDE_FOLDING static inline __m512i wide_fold(__m512i x, __m512i times, __m512i o
 }
 
 /* The CRC of 64 bytes (before the inversion) and nothing else. */
-u32 crc32_folded(__m512i x);
+u32 crc32_folded(const u8 *data);
 /* Whether `wide_fold` may be used. */
 int has_wide_folding(void);
 #endif

@@ -132,8 +132,11 @@ WIDE_TARGET INLINE size_t run_bf16(const rans_table *tables, const u8 *classes, 
         }
     }
     }
-    if (summed && done)
-        *crc = ~crc32_folded(wide_fold(sums[0], _mm512_broadcast_i32x4(constants(TIMES_X512)), sums[1]));
+    if (summed && done) {
+        u8 last[64];
+        _mm512_storeu_si512(last, wide_fold(sums[0], _mm512_broadcast_i32x4(constants(TIMES_X512)), sums[1]));
+        *crc = ~crc32_folded(last);
+    }
     if (past) _mm_sfence();
     STORE_LANES
 }
