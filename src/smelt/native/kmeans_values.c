@@ -81,9 +81,27 @@ end:
     return result;
 }
 
+/* Whether some of the values, at even distances, are so rarely the same that there must be far more than 65,536: of as
+   many, equally frequent, 126 of 4096 would be the same as others. */
+static int many_values(const void *values, int wide, size_t n) {
+    enum { SOME = 4096, FEW = SOME / 64 };
+    double seen[2 * SOME];
+    u8 used[2 * SOME] = {0};
+    int same = 0;
+    for (size_t i = 0; i < SOME && same <= FEW; i++) {
+        const double x = value(values, wide, i * (n / SOME)) + 0.0; /* -0 is 0 */
+        size_t at = (size_t)((double_bits(x) * 0x9e3779b97f4a7c15u) >> 51);
+        while (used[at] && seen[at] != x) at = (at + 1) % (2 * SOME);
+        same += used[at];
+        used[at] = 1, seen[at] = x;
+    }
+    return same <= FEW;
+}
+
 /* A hash table of places in `to`, at most half full, with linear probing; for any values, in no order. */
 static int64_t hash_values(const void *values, int wide, const double *weights, size_t n, found_values *to) {
     int bits = 4;
+    if (n >= (size_t)1 << 19 && to->room <= 1 << 16 && many_values(values, wide, n)) return MANY_VALUES;
     while (((size_t)1 << bits) / 2 <= (n < to->room ? n : to->room)) bits++;
     size_t last = ((size_t)1 << bits) - 1;
     u32 *slots = calloc(last + 1, sizeof *slots); /* places from 1, 0 is free */
