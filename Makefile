@@ -31,13 +31,13 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/smelt/native/*.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-peers: $(VENV)/.peers benchmarks/.peers/nncodec/.ready
+peers: $(VENV)/.peers benchmarks/.peers/nncodec/.ready benchmarks/.peers/llmcompressor/.ready
 
 $(VENV)/.peers: benchmarks/requirements.txt $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<
 	touch $@
 
-benchmarks/.peers/nncodec/.ready: benchmarks/requirements-nncodec.txt
+benchmarks/.peers/%/.ready: benchmarks/requirements-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

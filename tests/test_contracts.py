@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import smelt
 from smelt.core import shelf
 from smelt.core.encoded import Form
 from smelt.core.errors import RecipeError, SmeltError
-from smelt.core.method import CARD_LINES, Codec, Method, Objective, Rewrite, Seen, State, Stats, make
+from smelt.core.method import CARD_LINES, Codec, Method, Objective, Rewrite, Seen, State, Stats, Weight, make
 from smelt.core.recipe import Recipe
-from smelt.core.statistic import Statistic
+from smelt.core.statistic import Statistic, of_weights
 from smelt.core.store import check_fresh, pack, store_of
+from smelt.core.target import Target, targets
 
 METHODS = shelf.names("methods")
 CODECS = [n for n in METHODS if issubclass(shelf.load("methods", n, Method), Codec)]
@@ -45,6 +47,32 @@ def net() -> nn.Sequential:
 
 
 INPUT = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+BATCHES = [(INPUT, torch.zeros(3, dtype=torch.int64))]
+
+
+def target_of(shape: tuple[int, ...]) -> Target:
+    """A weight of this shape in a layer (a bias, if it has one dimension)."""
+    if len(shape) < 3:
+        layer: nn.Module = nn.Linear(shape[-1], shape[0])
+        return targets(layer)[0 if len(shape) == 2 else 1]
+    return targets((nn.Conv1d if len(shape) == 3 else nn.Conv2d)(shape[1], shape[0], shape[2:]))[0]
+
+
+def known_of(codec: Codec, target: Target) -> dict[str, Any]:
+    """What the codec asks to know of a weight, from random inputs of its layer."""
+    shape = target.tensor.shape
+    inputs = torch.randn(64, shape[1] if len(shape) > 1 else shape[0], *[6] * (len(shape) - 2))
+    batches = [(inputs, torch.zeros(64))] if codec.needs_at("weight") else []
+    return of_weights(target.module, [target], codec.needs_at("weight"), batches, lambda y, _: y.square().mean())[
+        target.name
+    ]
+
+
+def job_of(name: str) -> smelt.Job:
+    """With data for rewrites and for codecs that ask for statistics."""
+    method = make(name)
+    asks = isinstance(method, Rewrite) or (isinstance(method, Codec) and bool(method.needs_at("weight")))
+    return smelt.Job(data=smelt.Data(train=BATCHES), latency=False) if asks else smelt.Job()
 
 
 def test_every_method_has_one_kind() -> None:
@@ -74,15 +102,19 @@ def test_cards_are_complete(name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSY)
 def test_lossy_round_trip(name: str, shape: tuple[int, ...]) -> None:
-    codec = make(name)
+    codec, target = make(name), target_of(shape)
+    if reason := codec.refuses(target):
+        assert len(reason) > 10
+        return
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     untouched = x.clone()
-    state = codec.fit(x, Stats(seed=3))
+    stats = Stats(gathered=known_of(codec, target), seed=3)
+    state = codec.fit(x, stats)
     encoded = codec.encode(x, state)
     assert torch.equal(x, untouched)
     y = encoded.decode()
     assert y.shape == x.shape and y.dtype == x.dtype and bool(torch.isfinite(y).all())
-    assert torch.equal(y, codec.encode(x, codec.fit(x, Stats(seed=3))).decode())
+    assert torch.equal(y, codec.encode(x, codec.fit(x, stats)).decode())
     assert float((x - y).norm() / x.norm()) < 0.9
     slope = x.clone().requires_grad_()
     out = codec.simulate(slope, state)
@@ -98,7 +130,8 @@ def test_lossy_codecs_leave_masked_entries_out(name: str) -> None:
     where = x.abs() > 0.5
     loud = torch.where(where, x, torch.full_like(x, 1e6))
     quiet = torch.where(where, x, torch.zeros_like(x))
-    decoded = [codec.encode(t, codec.fit(t, Stats(where=where))).decode()[where] for t in (loud, quiet)]
+    stats = Stats(where, known_of(codec, target_of((16, 8))))
+    decoded = [codec.encode(t, codec.fit(t, stats)).decode()[where] for t in (loud, quiet)]
     assert torch.equal(*decoded)
 
 
@@ -128,7 +161,7 @@ def test_lossless_codecs_decline_where_they_do_not_shrink(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSY + REWRITES)
 def test_a_step_is_stored_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
     model = net()
-    result = smelt.compress(model, [{name: {}}])
+    result = smelt.compress(model, [{name: {}}], job_of(name))
     path = tmp_path / "model.smelt"
     assert result.save(path) == path.stat().st_size
     loaded = smelt.load(path, into=net())
@@ -152,7 +185,7 @@ def test_a_step_is_stored_saved_loaded_and_trained(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_codec_acts_inside_train(name: str) -> None:
     model = net()
-    with smelt.training(model, [{name: {}}], steps=4) as t:
+    with smelt.training(model, [{name: {}}], steps=4, calibration=BATCHES) as t:
         optimizer = torch.optim.SGD(t.parameters(), 0.01)
         for _ in range(4):
             optimizer.zero_grad()
@@ -178,10 +211,13 @@ def test_a_codec_acts_on_activations(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_give_a_scalar_with_a_gradient(name: str) -> None:
-    outputs = torch.randn(4, 5, requires_grad=True)
-    loss = make(name).loss(Seen(INPUT, outputs, torch.zeros(4, dtype=torch.int64), torch.randn(4, 5)))
+    outputs, x = torch.randn(4, 5, requires_grad=True), torch.randn(6, 7, requires_grad=True)
+    objective = make(name)
+    weights = {"w": Weight(x)} if objective.needs_weights else {}
+    loss = objective.loss(Seen(INPUT, outputs, torch.zeros(4, dtype=torch.int64), torch.randn(4, 5), weights=weights))
     loss.backward()
-    assert loss.dim() == 0 and outputs.grad is not None and bool((outputs.grad != 0).any())
+    slope = x.grad if objective.needs_weights else outputs.grad
+    assert loss.dim() == 0 and slope is not None and bool((slope != 0).any())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -201,8 +237,11 @@ def test_forms_have_defaults_and_say_what_carries_the_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", shelf.names("scores"))
 def test_scores_keep_the_shape(name: str) -> None:
-    x = torch.randn(4, 5)
-    assert shelf.module("scores", name).score(x, torch.Generator()).shape == x.shape
+    x, score = torch.randn(4, 5), shelf.module("scores", name)
+    if not hasattr(score, "score"):  # of whole units, not of weights
+        assert callable(score.units)
+        return
+    assert score.score(x, dict.fromkeys(score.NEEDS, torch.rand(5)), torch.Generator()).shape == x.shape
 
 
 @pytest.mark.parametrize("name", shelf.names("statistics"))

@@ -41,5 +41,6 @@ from smelt.formats.pack import unpack as unpack
 from smelt.formats.smelt import load as load
 from smelt.formats.smelt import save as save
 from smelt.models._open import open_model as open_model
+from smelt.sensitivity import sensitivity as sensitivity
 from smelt.train.training import training as training
 from smelt.version import __version__ as __version__

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from smelt import _cli_pack, demo
+from smelt import _cli_measure, _cli_pack, demo
 from smelt._cli_options import Parser, console, model_options, print_json
 from smelt.compress import compress
 from smelt.core import shelf
@@ -106,10 +106,16 @@ def _compress(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
+    _cli_measure.check(args)
     source = _source(args.model, args.weights, args)
     assert source.module is not None
     size = Path(args.model).stat().st_size if _is_file(args.model) else None
     data = _data(args)
+    if args.sensitivity:
+        cache = None if args.no_cache else _cache(args.cache)
+        args.interrupted = "; nothing was kept" if cache is None else f"; the same command goes on from here ({cache})"
+        job = Job(data, _metric(args.metric), device=args.device, seed=args.seed, cache=cache)
+        return _cli_measure.run(args, source, job)
     rows = measure(
         source.module,
         data,
@@ -288,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
 
     m = verb("measure", _measure, "measure a model or a .smelt file")
     model_options(m)
+    _cli_measure.options(m)
 
     s = verb("show", _show, "show what is in a .smelt file")
     s.add_argument("file", metavar="FILE.smelt")
@@ -332,7 +339,8 @@ Steps are kept in the cache: the same command goes on after an interruption, an 
     "measure": """examples:
   smelt measure lenet --weights lenet.pt --data mnist.npz
   smelt measure lenet.smelt --data mnist.npz --json
-  smelt measure net.smelt --trust --data my_data:load --metric loss""",
+  smelt measure net.smelt --trust --data my_data:load --metric loss"""
+    + _cli_measure.EXAMPLES,
     "show": """examples:
   smelt show lenet.smelt
   smelt show lenet.smelt --json | jq '.tensors[] | {name, bytes, bits}'""",

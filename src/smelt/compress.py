@@ -25,12 +25,12 @@ from torch import nn
 
 from smelt.core import data as data_module
 from smelt.core import shelf
-from smelt.core.apply import apply_step
+from smelt.core.apply import all_kinds, apply_step
 from smelt.core.cache import cache_folder, keys
 from smelt.core.data import Batches, Data, batch, evaluating, forward_or_raise, move
 from smelt.core.errors import ModelError, SmeltError
 from smelt.core.job import Job
-from smelt.core.method import Codec, Known, Lossless, Rewrite
+from smelt.core.method import Codec, Known, Lossless, Objective, Rewrite
 from smelt.core.output import replacing
 from smelt.core.progress import Progress
 from smelt.core.recipe import Recipe, Step, Train
@@ -46,6 +46,7 @@ from smelt.measures.latency import latency
 from smelt.measures.macs import macs
 from smelt.measures.parameters import parameters
 from smelt.models._open import open_model
+from smelt.models._pruned import LABEL, memo_of, take_over
 from smelt.train.loop import Loop, fit, task_loss
 from smelt.version import __version__
 
@@ -113,9 +114,13 @@ class _Run:
             raise ModelError("this source has no module to compress; give one, or a builder of one")
         self.source, self.recipe, self.job, self.progress = source, recipe, job, progress
         check_usable(source.module)
-        self.given = _copy(source.module).to(job.device).eval()
+        self.given = _copy(source.module, memo_of(source.module))
+        taken = take_over(self.given)
+        self.given.to(job.device).eval()
         self.blank = self._bare()
         self.report = Report(recipe=recipe.to_plain())
+        if taken:
+            self.report.notes.append(f"0: {', '.join(taken)}: the masks of {LABEL} are stored, as sparse")
         self.tail = tuple(s.act for s in recipe if isinstance(s.act, Lossless))
         self.keys: list[str] | None = None
 
@@ -167,8 +172,8 @@ class _Run:
             if isinstance(step.act, Rewrite):
                 break  # what follows selects from another structure
             for one in (step, *step.pieces):
-                if isinstance(one.act, Codec):
-                    select(targets(self.given), one.on or "*", all_kinds=one.act.lossless)
+                if isinstance(one.act, Codec) or (isinstance(one.act, Objective) and one.act.needs_weights):
+                    select(targets(self.given), one.on or "*", all_kinds=all_kinds(one))
 
     def _step(self, index: int, step: Step, model: nn.Module, folder: Path) -> nn.Module:
         """Act, write, load and measure; or take all of it from the cache."""
@@ -328,9 +333,9 @@ def _layers(shown: Mapping[str, Any], model: nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}); give smelt.Source(builder=...) instead"

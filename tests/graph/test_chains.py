@@ -119,3 +119,65 @@ def test_per_channel_functions_are_not_elementwise():
         assert bool(pairs(model)) is known
     link = chains(nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.Linear(3, 3)))[0][0]
     assert isinstance(link, Link) and link.homogeneous
+
+
+class Maps(nn.Module):
+    """Convolutions a, b, c of 4 channels, depthwise d, linear e on maps of 2 x 2; `run` is the forward pass."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.d, self.e = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(16, 3)
+        self.two, self.norm, self.pool = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4), nn.AvgPool2d(2, padding=1)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def test_channels_go_through_norms_pools_depthwise_convolutions_and_flattening():
+    def run(m, x):
+        x = m.pool(F.max_pool2d(F.relu(m.norm(m.a(x))), 2))
+        x = F.adaptive_avg_pool2d(m.c(m.d(m.b(x)).relu()), 2)
+        return m.e(x.view(x.size(0), -1))
+
+    assert pairs(Maps(run)) == [
+        ("a", "b", "batchnorm2d", "relu", "maxpool2d", "avgpool2d"),
+        ("b", "c", "conv2d", "relu"),
+        ("c", "e", "adaptiveavgpool2d", "flatten"),
+    ]
+    links, reasons = chains(Maps(run))
+    assert [[step.zeros for step in link.between] for link in links[:2]] == [[False, False, False, True], [True, False]]
+    assert [link.pads for link in links] == [True, True, False]
+    assert reasons == {"d": "it is a grouped convolution", "two": "it is a grouped convolution", "e": LEAVES}
+    for flat in (
+        lambda x: x.flatten(1),
+        lambda x: torch.flatten(x, start_dim=1),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x: x.view(x.size()[0], -1),
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=[-1, -2]),
+    ):
+        assert pairs(Maps(lambda m, x, flat=flat: m.e(flat(m.a(x)).relu())))[0][:2] == ("a", "e")
+
+
+LEAVES = "its output leaves the model"
+APART = {
+    "written sizes": (lambda m, x: m.e(m.a(x).view(-1, 16)), "view"),
+    "other sizes asked for": (lambda m, x: m.e(F.relu(y := m.a(x)).view(x.size(0), -1) * y.size(1)), "2 users"),
+    "a grouped consumer": (lambda m, x: m.two(m.a(x)), "its consumer two: it is a grouped convolution"),
+    "a linear layer on positions": (lambda m, x: m.e(m.a(x)), "its consumer e: does not take the channels as such"),
+    "a norm after flattening": (lambda m, x: m.e(m.norm(m.a(x).flatten(1))), "norm"),
+    "a norm used twice": (lambda m, x: m.b(m.norm(m.a(m.norm(x)))), "norm"),
+    "a padded mean": (lambda m, x: m.b(F.avg_pool2d(m.a(x), 2, padding=1)), "avg_pool2d"),
+    "a mean over channels": (lambda m, x: m.b(m.a(x).mean((1, 2))), "mean"),
+    "flattened channels only": (lambda m, x: m.e(m.a(x).flatten(1, 2)), "flatten"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_what_mixes_channels(case):
+    run, words = APART[case]
+    links, reasons = chains(Maps(run))
+    assert "a" not in [link.producer for link in links]
+    assert words in reasons["a"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import nn
 from smelt.core.edit import Note
 from smelt.core.encoded import Encoded
 from smelt.core.errors import DataError, RuleError
-from smelt.core.method import Codec, Known, Lossless, Rewrite, State, Stats, Values
+from smelt.core.method import Codec, Known, Lossless, Objective, Rewrite, State, Stats, Values
 from smelt.core.recipe import Step
-from smelt.core.statistic import gather
+from smelt.core.statistic import gather, of_weights
 from smelt.core.store import Activation, apply_edits, eat, pack, rest_bytes, store, store_of
 from smelt.core.target import Target, select, targets
+from smelt.core.walk import walk
 
 # Batches of the training data that statistics are gathered from.
 CALIBRATION_BATCHES = 16
@@ -33,21 +35,29 @@ def chosen(model: nn.Module, step: Step, label: str) -> tuple[list[Target], list
     act = step.act
     lossless = isinstance(act, Codec) and act.lossless
     everything = targets(model)
-    hits = select(everything, step.on or "*", all_kinds=lossless)
+    hits = select(everything, step.on or "*", all_kinds=all_kinds(step))
     if lossless:
         return hits, []
     kept, notes = [], []
     for target in hits:
-        reason = act.refuses(target) if isinstance(act, (Codec, Rewrite)) else None
+        reason = act.refuses(target) if isinstance(act, (Codec, Rewrite, Objective)) else None
         if not target.parameter:
             reason = "it is a buffer; lossy codecs store parameters"
+        if isinstance(act, Objective) and not target.tensor.requires_grad:
+            reason = reason or "it does not learn"
         if reason:
             notes.append(f"{label} leaves {target} alone: {reason}")
         else:
             kept.append(target)
     if not kept:
         raise RuleError(f"{label} finds nothing to act on; {notes[0] if notes else 'the model has no weights'}")
-    return kept, notes
+    return kept, [] if all_kinds(step) else notes
+
+
+def all_kinds(step: Step) -> bool:
+    """Whether a bare '*' in the step's selector means tensors of every kind."""
+    act = step.act
+    return act.lossless if isinstance(act, Codec) else isinstance(act, Objective) and act.all_kinds
 
 
 def apply_step(model: nn.Module, step: Step, label: str, known: Known, tail: Sequence[Lossless]) -> list[str]:
@@ -75,13 +85,30 @@ def _apply_codec(model: nn.Module, step: Step, label: str, known: Known, tail: S
     for target in members:
         _, _, x, where = eat(codec, target, model, label)
         seen[target.name] = Values(x, where)
-    gathered = weight_statistics(model, codec, members, known, label)
-    plan = codec.plan(seen, {}, lambda e: rest_bytes(pack(e, tail)))
-    for target in members:
-        stats = Stats(seen[target.name].where, gathered[target.name], seed_of(known.seed, target.name))
-        own = plan[target.name]
-        encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
+    parts = _parts(model, codec, members, known, label)
+    first = next(parts)
+    plan = codec.plan(seen, first[1], lambda e: rest_bytes(pack(e, tail)))
+    for part, gathered in chain([first] if codec.order() is None else [], parts):
+        for target in part:
+            stats = Stats(seen[target.name].where, gathered[target.name], seed_of(known.seed, target.name))
+            own = plan[target.name]
+            encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
     return notes
+
+
+def _parts(
+    model: nn.Module, codec: Codec, members: list[Target], known: Known, label: str
+) -> Iterator[tuple[list[Target], dict[str, dict[str, Any]]]]:
+    """(members, what is known of them): first all with what `plan` reads, then, for a codec that goes in order, part
+    by part with what `fit` reads."""
+    order = codec.order()
+    if order is None:
+        yield members, weight_statistics(model, codec.needs_at("weight"), members, known, label)
+        return
+    yield members, weight_statistics(model, codec.needs_at("plan"), members, known, label)
+    batches = _batches(known, label)
+    for part, gather_now in walk(model, members, batches, CALIBRATION_BATCHES, order):
+        yield part, gather_now(codec.needs_at("weight"))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -90,12 +117,26 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def weight_statistics(
-    model: nn.Module, codec: Codec, members: Sequence[Target], known: Known, label: str
+    model: nn.Module, names: Sequence[str], members: Sequence[Target], known: Known, label: str
 ) -> dict[str, dict[str, Any]]:
-    """What a codec asks to know for each of its weights: target name -> statistic -> result."""
-    wanted = {t.places[0][0]: [("input", s) for s in codec.needs_at("weight")] for t in members}
-    gathered = _gathered(model, wanted, known, label)
-    return {t.name: {name: v for (_, name), v in gathered.get(t.places[0][0], {}).items()} for t in members}
+    """Statistics of weights, from the calibration batches: target name -> name on the shelf -> result.
+
+    Raises:
+        DataError: no batches, no loss of the task where a gradient is asked for; or as `of_weights`.
+    """
+    if not names:
+        return {target.name: {} for target in members}
+    batches = _batches(known, label)
+    try:
+        return of_weights(model, members, names, batches, known.loss, CALIBRATION_BATCHES, known.seed)
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from None
+
+
+def _batches(known: Known, label: str) -> Iterable[Any]:
+    if known.batches is None:
+        raise DataError(f"{label} needs data to gather statistics from; give the job data")
+    return known.batches
 
 
 def encode_chain(model: nn.Module, target: Target, codec: Codec, state: State, label: str) -> None:
@@ -111,7 +152,11 @@ def apply_rewrite(model: nn.Module, step: Step, label: str, known: Known) -> lis
     members, notes = chosen(model, step, label)
     wanted = {t.places[0][0]: [("input", s) for s in act.needs] for t in members}
     edits = act.plan(model, members, replace(known, gathered=_gathered(model, wanted, known, label)))
-    notes += [f"{label} leaves {e.tensor} as it is: {e.reason}" for e in edits if isinstance(e, Note)]
+    notes += [
+        f"{label} leaves {e.tensor} as it is: {e.reason}" if e.tensor else f"{label}: {e.reason}"
+        for e in edits
+        if isinstance(e, Note)
+    ]
     if all(isinstance(e, Note) for e in edits):
         notes.append(f"{label} found nothing to change")
     apply_edits(model, edits, label)
@@ -144,6 +189,4 @@ def _gathered(
 ) -> dict[str, dict[tuple[str, str], Any]]:
     if not any(wanted.values()):
         return {}
-    if known.batches is None:
-        raise DataError(f"{label} needs data to gather statistics from; give the job data")
-    return gather(model, wanted, known.batches, CALIBRATION_BATCHES)
+    return gather(model, wanted, _batches(known, label), CALIBRATION_BATCHES, known.loss, known.seed)

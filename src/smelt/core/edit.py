@@ -4,6 +4,7 @@
     set(path, attribute, value)          e.g. set('fc1', 'out_features', 200)
     replace(path, builder, arguments)    a module becomes what a builder on the shelf `models/` makes
     remove(path)                         a module becomes Identity
+    members(path, index)                 keep these members of a ModuleList, which close ranks
     tie(a, b)                            tensor b becomes tensor a
     fill(tensor, value)                  new values; not recorded, since in a file they are the leaves
     note(tensor, reason)                 nothing; the report says why a tensor is left as it is; not recorded
@@ -46,7 +47,7 @@ class Edit(ABC):
 
 @dataclass(frozen=True)
 class Keep(Edit):
-    """`index`: positions along `dim` to keep, in rising order."""
+    """`index`: positions along `dim` to keep, in rising order.  The tensor may be a buffer that is not persistent."""
 
     kind = "keep"
     tensor: str
@@ -54,7 +55,7 @@ class Keep(Edit):
     index: tuple[int, ...]
 
     def apply(self, model: nn.Module) -> None:
-        target = find(model, self.tensor)
+        target = find(model, self.tensor, transient=True)
         size = target.tensor.shape[self.dim] if -target.tensor.dim() <= self.dim < target.tensor.dim() else -1
         if not self.index or any(not 0 <= i < size for i in self.index):
             raise ModelError(f"edit keep: {target} has no such positions along dimension {self.dim}")
@@ -62,7 +63,7 @@ class Keep(Edit):
         put(model, target, target.tensor.detach().index_select(self.dim, index))
 
     def touches(self, model: nn.Module) -> set[str]:
-        return {find(model, self.tensor).name}
+        return {find(model, self.tensor, transient=True).name}
 
     def to_plain(self) -> list[Any]:
         return [self.kind, self.tensor, self.dim, to_ranges(self.index)]
@@ -77,13 +78,17 @@ class Set(Edit):
 
     def apply(self, model: nn.Module) -> None:
         module = submodule(model, self.path)
-        old = getattr(module, self.attribute, None)
+        old: Any = getattr(module, self.attribute, None)
         fits = isinstance(old, PLAIN) and type(old) is type(self.value)
-        if isinstance(old, tuple) and all(isinstance(v, int) for v in old) and isinstance(self.value, (list, tuple)):
+        if (
+            type(old) in (tuple, list)
+            and all(isinstance(v, int) for v in old)
+            and isinstance(self.value, (list, tuple))
+        ):
             fits = len(old) == len(self.value) and all(type(v) is int for v in self.value)
         if self.attribute.startswith("_") or not fits:
             raise ModelError(f"edit set: {self.path}.{self.attribute} cannot become {self.value!r}")
-        setattr(module, self.attribute, tuple(self.value) if isinstance(old, tuple) else self.value)
+        setattr(module, self.attribute, type(old)(self.value) if isinstance(old, (tuple, list)) else self.value)
 
     def touches(self, model: nn.Module) -> set[str]:
         return set()
@@ -128,6 +133,33 @@ class Remove(Edit):
 
 
 @dataclass(frozen=True)
+class Members(Edit):
+    """`index`: which members of the ModuleList at `path` stay, in rising order; they are numbered anew."""
+
+    kind = "members"
+    path: str
+    index: tuple[int, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        members = submodule(model, self.path)
+        if (
+            not isinstance(members, nn.ModuleList)
+            or not self.index
+            or not 0 <= min(self.index) <= max(self.index) < len(members)
+        ):
+            raise ModelError(f"edit members: {self.path!r} is no ModuleList with such members")
+        kept = [members[i] for i in self.index]
+        members._modules.clear()
+        members.extend(kept)
+
+    def touches(self, model: nn.Module) -> set[str]:
+        return below(model, self.path)  # the names of those that stay change, too
+
+    def to_plain(self) -> list[Any]:
+        return [self.kind, self.path, to_ranges(self.index)]
+
+
+@dataclass(frozen=True)
 class Tie(Edit):
     """Tensor `b` becomes the same tensor as `a`."""
 
@@ -163,7 +195,10 @@ class Fill(Edit):
 
 @dataclass(frozen=True)
 class Note(Edit):
-    """For what a Rewrite leaves alone, wholly or in part: `reason` completes 'fc1.weight stays as it is: ...'."""
+    """For what a Rewrite leaves alone, wholly or in part: `reason` completes 'fc1.weight stays as it is: ...'.
+
+    With `tensor` '' it is about the step as a whole.
+    """
 
     kind = "note"
     recorded = False
@@ -177,7 +212,7 @@ class Note(Edit):
         return set()
 
 
-_KINDS: dict[str, type[Edit]] = {c.kind: c for c in (Keep, Set, Replace, Remove, Tie)}
+_KINDS: dict[str, type[Edit]] = {c.kind: c for c in (Keep, Set, Replace, Remove, Members, Tie)}
 
 
 def from_plain(data: Any, most: int = 1 << 24) -> Edit:
@@ -192,8 +227,11 @@ def from_plain(data: Any, most: int = 1 << 24) -> Edit:
     try:
         kind, *values = data
         cls = _KINDS[kind]
-        edit = cls(*values) if cls is not Keep else Keep(values[0], values[1], from_ranges(values[2], most))
-        texts = {Keep: ("tensor",), Set: ("path", "attribute"), Replace: ("path", "builder"), Remove: ("path",)}
+        if cls in (Keep, Members):
+            values[-1] = from_ranges(values[-1], most)
+        edit = cls(*values)
+        texts = {Keep: ("tensor",), Set: ("path", "attribute"), Replace: ("path", "builder")}
+        texts |= {Remove: ("path",), Members: ("path",)}
         if not all(isinstance(getattr(edit, name), str) for name in texts.get(cls, ("a", "b"))):
             raise TypeError("a name that is not text")
         if isinstance(edit, Replace) and not isinstance(edit.arguments, Mapping):
@@ -246,9 +284,9 @@ def put_module(model: nn.Module, path: str, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def find(model: nn.Module, name: str) -> Target:
-    """The target with a place of this name."""
-    for target in targets(model):
+def find(model: nn.Module, name: str, *, transient: bool = False) -> Target:
+    """The target with a place of this name; with `transient`, any buffer."""
+    for target in targets(model, transient=transient):
         if any((f"{path}.{n}" if path else n) == name for path, n in target.places):
             return target
     raise ModelError(f"the model has no tensor {name!r}")

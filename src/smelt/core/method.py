@@ -68,17 +68,34 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """What a codec may know of the loop that it acts in.
+
+    progress: share of the loop that is done, 0..1.
+    before: the state that the codec gave last; None at the first fit.
+    seen: what was accumulated since training began, for those the codec asked for (`needs_at("training")`); empty at
+        the first fit.
+    """
+
+    progress: float = 0.0
+    before: State | None = None
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Stats:
     """What `fit` may know besides the tensor.
 
     where: as in `Values`.
     gathered: one entry per statistic that the codec asked for (`needs_at`), by name.
     seed: for whatever is drawn at random; differs between tensors, repeats between runs.
+    inside: what only a training loop knows, or None outside of one.
     """
 
     where: Tensor | None = None
     gathered: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    inside: Inside | None = None
 
 
 @dataclass(frozen=True)
@@ -174,9 +191,28 @@ class Codec(Method, ABC):
     def needs_at(self, place: str) -> tuple[str, ...]:
         """Names on the shelf `statistics/` that `fit` reads from `stats.gathered` when it acts at `place`.
 
-        For a weight they are gathered at the input of its module.
+        For 'weight' statistics of values are gathered at the input of its module, those of gradients at the weight.
+        Two more places:
+        'plan': what `plan` reads from `scout` of a codec that goes in order (others have there what `fit` reads).
+        'training': what `fit` reads from `stats.inside.seen`, both of the shape of what the codec eats: 'movement',
+            the sum over backward passes of -x dL/dy, and 'slope', the last dL/dy, where y is what the codec gives
+            for x, so that the gradient counts for masked entries too.
         """
         return ()
+
+    def order(self) -> str | None:
+        """How what `fit` needs is gathered: None, of all tensors at once; or in the order in which the model runs, of
+        one 'block', or of one 'layer' (and those that share its input), after all before it have been stored."""
+        return None
+
+    def period(self) -> int | None:
+        """Inside train, optimizer steps between two fits of what moves; None: as `train` says (`refresh`)."""
+        return None
+
+    def restarts(self, before: State | None, now: State) -> Tensor | None:
+        """Inside train, after a fit: mask of the entries whose values start anew from 0, and the optimizer's moments
+        with them; None for none."""
+        return None
 
     def plan(
         self, tensors: Mapping[str, Values], scout: Mapping[str, Any], cost: Callable[[Encoded], int]
@@ -185,7 +221,7 @@ class Codec(Method, ABC):
 
         Args:
             tensors: name -> what the codec would eat.
-            scout: statistics of the untouched model.
+            scout: statistics of the model before this step: name of the tensor -> statistic -> result.
             cost: bytes in the file of a candidate, with the recipe's lossless tail applied.
         """
         return dict.fromkeys(tensors, self)
@@ -236,12 +272,24 @@ class Rewrite(Method, ABC):
 
 
 @dataclass(frozen=True)
+class Weight(Values):
+    """A tensor as the model used it in its last forward: a gradient at `x` reaches whatever learns it.
+
+    module: where it stands (the first of its places).
+    """
+
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True)
 class Seen:
     """What one training step has seen; handed to every objective.
 
     outputs, teacher: outputs of the model and of the teacher (None without one), after `logits_of`.
     labels: the batch's labels, or None.
     hard: the task's loss on the labels (a scalar), or None when there are none.
+    weights: name -> what the objective's selector names, if it `needs_weights`.
+    features, teacher_features: module path -> what that module gave, for those the objective asked for.
     """
 
     inputs: Any
@@ -249,12 +297,33 @@ class Seen:
     labels: Any = None
     teacher: Tensor | None = None
     hard: Tensor | None = None
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    features: Mapping[str, Any] = field(default_factory=dict)
+    teacher_features: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Objective(Method, ABC):
-    """Adds a term to the training loss."""
+    """Adds a term to the training loss.
+
+    `needs_weights`: it looks at tensors of the model: those that the step selects (`on`) and it does not refuse.
+    `all_kinds`: a bare '*' in that selector means every tensor that it does not refuse, not only weights.
+    """
 
     needs_teacher: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+    all_kinds: ClassVar[bool] = False
+
+    def refuses(self, target: Target) -> str | None:
+        """Why it does not look at this target, or None."""
+        return None
+
+    def features(self) -> tuple[str, ...]:
+        """Paths of the modules of the model whose outputs it wants to see."""
+        return ()
+
+    def teacher_features(self) -> tuple[str, ...]:
+        """The same of the teacher."""
+        return ()
 
     def hard_weight(self) -> float:
         """Factor of the task's own loss while this objective acts (distillation: alpha)."""

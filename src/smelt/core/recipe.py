@@ -264,6 +264,8 @@ def _check_place(step: Step, where: _Where, inside: bool) -> Step:
         raise RuleError(
             f"{where}: {step.key}.{next(iter(ramps(act)))} ramps, which only means something under train: with:"
         )
+    if isinstance(act, Objective) and step.on and not act.needs_weights:
+        raise RecipeError(f"{where}: {step.key} looks at no weights; take 'on' out")
     places = act.places if isinstance(act, Codec) else ("weight",)
     if step.at not in places:
         raise RecipeError(f"{where}: {step.key} does not act at {step.at!r}{nearest(str(step.at), places)}")

@@ -90,3 +90,46 @@ class Report:
         return Report(
             rows, dict(data["conditions"]), dict(data["recipe"]), list(data["layers"]), list(data.get("notes", []))
         )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One tensor alone, changed by a method with one value of its setting: bytes of the file, and the metric."""
+
+    tensor: str
+    value: float
+    bytes: int
+    metric: float
+
+
+@dataclass
+class Sensitivity:
+    """How a model bears what a method does to its tensors, one at a time; see `smelt.sensitivity`.
+
+    before: the metric of the model as it came; file: bytes of its `.smelt` file.
+    better: whether a larger metric is better; None: unknown.
+    conditions: device, samples, ... under which the points were taken.
+    """
+
+    method: str
+    setting: str
+    metric: str
+    unit: str
+    better: bool | None
+    before: float
+    file: int
+    points: list[Point] = field(default_factory=list)
+    conditions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tensors(self) -> list[str]:
+        return list(dict.fromkeys(point.tensor for point in self.points))
+
+    def values(self) -> list[float]:
+        return sorted({point.value for point in self.points})
+
+    def at(self, tensor: str, value: float) -> Point | None:
+        return next((p for p in self.points if (p.tensor, p.value) == (tensor, value)), None)
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)

@@ -34,13 +34,13 @@ class Target:
         return f"{self.name} {list(self.tensor.shape)}"
 
 
-def targets(model: nn.Module) -> list[Target]:
-    """Every parameter and persistent buffer, each once, in the order of the model."""
+def targets(model: nn.Module, *, transient: bool = False) -> list[Target]:
+    """Every parameter and persistent buffer, each once, in the order of the model; with `transient`, every buffer."""
     found: dict[int, tuple[str, list[tuple[str, str]], Tensor, nn.Module, bool]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        transient = module._non_persistent_buffers_set
+        hidden = set() if transient else module._non_persistent_buffers_set
         own = [(n, p, True) for n, p in module._parameters.items() if p is not None]
-        own += [(n, b, False) for n, b in module._buffers.items() if b is not None and n not in transient]
+        own += [(n, b, False) for n, b in module._buffers.items() if b is not None and n not in hidden]
         for name, tensor, parameter in own:
             full = f"{path}.{name}" if path else name
             entry = found.setdefault(id(tensor), (full, [], tensor, module, parameter))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smelt.core.edit import Edit, Keep, from_plain
+from smelt.core.edit import Edit, Keep, Members, from_plain
 from smelt.core.encoded import Encoded, awaken, numel
 from smelt.core.errors import FileError, ModelError, nearest
 from smelt.core.named import first_line
@@ -348,7 +348,7 @@ class File:
         with self.blame("its edits"):
             for data in self._meta.get("edits", []):
                 edit = from_plain(data, most)
-                most -= len(edit.index) if isinstance(edit, Keep) else 0
+                most -= len(edit.index) if isinstance(edit, (Keep, Members)) else 0
                 found.append(edit)
         return found
 

@@ -1,8 +1,10 @@
-"""Which linear layers feed which, through elementwise functions only.
+"""Which layers feed which, with only functions between that keep neurons or channels apart.
 
-    fc1 -> relu -> dropout -> fc2        Link("fc1", "fc2", (relu, dropout))
+    fc1 -> relu -> dropout -> fc2                  Link("fc1", "fc2", (relu, dropout))
+    conv1 -> bn1 -> relu -> max_pool -> conv2      Link("conv1", "conv2", (bn1, relu, max_pool))
+    conv2 -> relu -> flatten -> fc                 Link("conv2", "fc", (relu, flatten)): channel c is several columns
 
-Only then does neuron i of the producer meet the rest of the model in column i of the consumer and nowhere else.
+Only then does unit i of the producer meet the rest of the model in the columns i of the consumer and nowhere else.
 Found by `torch.fx` tracing; where a module cannot be traced (its forward branches on data), its children are looked
 at one by one, and the members of a plain `nn.Sequential` are taken to run one after another.
 """
@@ -10,62 +12,39 @@ at one by one, and the members of a plain `nn.Sequential` are taken to run one a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from smelt.core.target import targets
+from smelt.graph.steps import CONVOLUTIONS, Step, asks_for_batch, counts_batch, hooked, of_module, of_node, pads
 
-# f(c x) = c f(x) for every c > 0.
-HOMOGENEOUS = ("relu", "leakyrelu", "prelu", "identity", "dropout")
-_MODULES = (
-    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),
-    *(nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink),
-    *(nn.Tanhshrink, nn.Softplus, nn.Softsign, nn.Threshold, nn.Identity, nn.Dropout),
-)
-_NAMES = (
-    *("relu", "leaky_relu", "relu6", "elu", "celu", "selu", "gelu", "silu", "mish", "tanh", "sigmoid", "logsigmoid"),
-    *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign"),
-    *("threshold", "dropout"),
-)
-_FUNCTIONS: dict[Any, str] = {
-    getattr(home, written): name.replace("_", "")
-    for name in _NAMES
-    for home in (torch, functional)
-    for written in (name, f"{name}_")
-    if hasattr(home, written)
-}
-_METHODS = ("relu", "tanh", "sigmoid", "contiguous", "clone")
-
-
-@dataclass(frozen=True)
-class Elementwise:
-    """One function applied to every element alike, as in evaluation mode; `name` such as 'relu'."""
-
-    name: str
-    apply: Callable[[Tensor], Tensor]
+LAYERS = (nn.Linear, *CONVOLUTIONS)
+GROUPED = "it is a grouped convolution"
 
 
 @dataclass(frozen=True)
 class Link:
-    """Module paths of two linear layers, and what stands between them, in order."""
+    """Module paths of two layers, and what stands between them, in order.
+
+    pads: the consumer lays its kernel over zeros beyond the borders.
+    """
 
     producer: str
     consumer: str
-    between: tuple[Elementwise, ...]
+    between: tuple[Step, ...]
+    pads: bool = False
 
     @property
     def homogeneous(self) -> bool:
         """f(c x) = c f(x) for c > 0 holds for what stands between."""
-        return all(step.name in HOMOGENEOUS for step in self.between)
+        return all(step.homogeneous for step in self.between)
 
     def apply(self, x: Tensor) -> Tensor:
-        """What the consumer sees where the producer gives `x` (any shape)."""
+        """What the consumer sees where the producer gives `x`, with all of its units."""
         for step in self.between:
             x = step.apply(x.clone())
         return x
@@ -73,17 +52,18 @@ class Link:
 
 @torch.no_grad()
 def chains(model: nn.Module) -> tuple[list[Link], dict[str, str]]:
-    """(the links in the order of the model, why each other linear layer is no producer: path -> reason)."""
+    """(the links in the order of the model; path -> reason why each other layer or convolution is no producer)."""
     links: dict[str, Link] = {}
     reasons: dict[str, str] = {}
     tied = {path for t in targets(model) if len(t.places) > 1 for path, _ in t.places}
     for part in _parts(model, ""):
         for node in part.graph.nodes:
-            if not part.linear(node):
+            if not part.layer(node):
                 continue
             path = part.path(node)
             found = part.follow(node)
-            if path in tied or (isinstance(found, Link) and found.consumer in tied):
+            within = (found.consumer, *(step.path for step in found.between)) if isinstance(found, Link) else ()
+            if not tied.isdisjoint((path, *within)):
                 found = "its weights are tied, or the layer is used under two names"
             if isinstance(found, Link):
                 links.setdefault(path, found)
@@ -91,8 +71,9 @@ def chains(model: nn.Module) -> tuple[list[Link], dict[str, str]]:
                 reasons.setdefault(path, found)
     order = [path for path, _ in model.named_modules()]
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and path not in links:
-            reasons.setdefault(path, "its place in the model was not found by tracing")
+        if type(module) in LAYERS and path not in links:
+            grouped = getattr(module, "groups", 1) > 1
+            reasons.setdefault(path, GROUPED if grouped else "its place in the model was not found by tracing")
     reasons = {path: reason for path, reason in reasons.items() if path not in links}
     return sorted(links.values(), key=lambda link: order.index(link.producer)), reasons
 
@@ -133,33 +114,46 @@ class _Part:
     def module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
 
-    def linear(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and type(self.module(node)) is nn.Linear
+    def layer(self, node: fx.Node) -> bool:
+        """Whether a node calls a linear layer or a convolution that mixes all channels, or all of a group."""
+        if node.op != "call_module" or type(module := self.module(node)) not in LAYERS:
+            return False
+        return not _depthwise(module)
 
     def path(self, node: fx.Node) -> str:
         return f"{self.prefix}{node.target}"
 
     def follow(self, producer: fx.Node) -> Link | str:
         """From a producer down to its consumer, or why there is none."""
-        between: list[Elementwise] = []
-        node, reason = producer, self.unfit(producer)
+        between: list[Step] = []
+        module = self.module(producer)
+        assert isinstance(module.weight, Tensor)
+        units, convolves = module.weight.shape[0], type(module) is not nn.Linear
+        node, reason, flat = producer, self.unfit(producer), False
         while not reason:
-            users = list(node.users)
+            users = [user for user in node.users if not asks_for_batch(user, node)]
             if len(users) != 1:
                 return f"its output has {len(users)} users" if users else "its output is not used"
             before, node = node, users[0]
             if node.op == "output":
                 return f"its output leaves {self.prefix[:-1]!r}" if self.prefix else "its output leaves the model"
-            if self.linear(node):
+            if self.layer(node):
                 reason = self.unfit(node)
-                if not reason and node.args == (before,):
-                    return Link(self.path(producer), self.path(node), tuple(between))
-                return f"its consumer {self.path(node)}: {reason or 'is called in an unusual way'}"
-            step = self.elementwise(node, before)
-            if step is None:
+                if not reason and node.args != (before,):
+                    reason = "is called in an unusual way"
+                spatial = type(self.module(node)) is not nn.Linear
+                if not reason and spatial != (convolves and not flat):
+                    reason = "does not take the channels as such"
+                if not reason:
+                    return Link(self.path(producer), self.path(node), tuple(between), pads(self.module(node)))
+                return f"its consumer {self.path(node)}: {reason}"
+            step = self.step(node, before, units)
+            spatial = step is not None and (step.kind in ("pool", "flatten") or step.name in ("conv1d", "conv2d"))
+            if step is None or (spatial and not convolves) or (flat and step.kind != "elementwise"):
                 name = self.path(node) if node.op == "call_module" else getattr(node.target, "__name__", node.target)
-                return f"its output goes through {name}, which is not known to act on each element alone"
+                return f"its output goes through {name}, which is not known to keep {units} units apart"
             between.append(step)
+            flat = flat or step.kind == "flatten"
         return reason
 
     def unfit(self, node: fx.Node) -> str:
@@ -168,34 +162,25 @@ class _Part:
             return f"the layer is used {count} times"
         if str(node.target) in self.read:
             return "its weights are also used outside the layer"
-        return "a hook acts on it" if _hooked(module) else ""
+        if getattr(module, "groups", 1) > 1:
+            return GROUPED
+        return "a hook acts on it" if hooked(module) else ""
 
-    def elementwise(self, node: fx.Node, before: fx.Node) -> Elementwise | None:
-        """The function that a node applies to `before`, or None if it is not known to be elementwise."""
-        if not node.args or node.args[0] is not before or node.all_input_nodes != [before]:
+    def step(self, node: fx.Node, before: fx.Node, units: int) -> Step | None:
+        """What a node does to each of the units of `before`, or None if it is not known to keep them apart."""
+        if (
+            not node.args
+            or node.args[0] is not before
+            or not all(n is before or counts_batch(n, before) for n in node.all_input_nodes)
+        ):
             return None
-        if node.op == "call_module":
-            module = self.module(node)
-            several = isinstance(module, nn.PReLU) and module.weight.numel() > 1
-            if type(module) not in _MODULES or several or _hooked(module):
-                return None
-            name = type(module).__name__.lower()
-            return Elementwise(name, _same if name == "dropout" else module)
-        rest, options = node.args[1:], dict(node.kwargs)
-        if node.op == "call_method" and (name := str(node.target).rstrip("_")) in _METHODS:
-            same = name in ("contiguous", "clone")
-            return Elementwise(
-                "identity" if same else name, _same if same else lambda x: getattr(x, name)(*rest, **options)
-            )
-        if node.op == "call_function" and node.target in _FUNCTIONS:
-            function, name = cast("Callable[..., Tensor]", node.target), _FUNCTIONS[node.target]
-            return Elementwise(name, _same if name == "dropout" else lambda x: function(x, *rest, **options))
-        return None
+        if node.op != "call_module":
+            return of_node(node, before)
+        module = self.module(node)
+        alone = self.calls[id(module)] == 1 and str(node.target) not in self.read
+        step = None if hooked(module) else of_module(module, self.path(node), units)
+        return step if step is None or step.kind != "channelwise" or alone else None
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+def _depthwise(module: nn.Module) -> bool:
+    return getattr(module, "groups", 1) > 1 and module.groups == module.in_channels == module.out_channels

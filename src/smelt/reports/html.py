@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,14 @@ def write(report: Report, path: str | Path, *, title: str = "smelt", force: bool
     Raises:
         OutputError: the path exists (and not `force`), or cannot be written.
     """
+    return write_page(lambda: page(report, title), path, force)
+
+
+def write_page(make: Callable[[], str], path: str | Path, force: bool) -> int:
+    """Write what `make` gives; see `write`."""
     path = Path(path)
     check_output(path, force)
-    data = page(report, title).encode()
+    data = make().encode()
     with replacing(path, force, len(data)) as file:
         file.write(data)
     return len(data)
@@ -40,32 +45,33 @@ def write(report: Report, path: str | Path, *, title: str = "smelt", force: bool
 
 def page(report: Report, title: str = "smelt") -> str:
     """The page as text."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     stages = show.stages(report.rows)
-    plots = _plots(report, stages)
-    figures = json.dumps([{"data": p["data"], "layout": p["layout"]} for p in plots]).replace("<", "\\u003c")
-    template = Environment(autoescape=True).from_string(
-        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    )
     footnote = show.simulated(stages).removeprefix("simulated: ")
-    return template.render(
-        title=title,
-        version=__version__,
+    return render(
+        title,
+        _plots(report, stages),
+        tables=[("After every step", "step", _columns(report), [_row(report, stage, stages) for stage in stages])],
         facts=_facts(report, stages),
-        columns=_columns(report),
-        rows=[_row(report, stage, stages) for stage in stages],
         footnote=footnote and f"{footnote}: taken while what is stored ran dense.",
-        plots=plots,
         layers=_layers(report),
         recipe=to_yaml(report.recipe),
         conditions=list(report.conditions.items()),
         notes=report.notes,
-        plotly=Markup(get_plotlyjs()),
-        figures=Markup(figures),
     )
+
+
+def render(title: str, plots: Sequence[Mapping[str, Any]], **parts: Any) -> str:
+    """A page of facts, tables (heading, what a row is, columns, rows), plots and more; see report.html."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    figures = json.dumps([{"data": p["data"], "layout": p["layout"]} for p in plots]).replace("<", "\\u003c")
+    template = Environment(autoescape=True).from_string(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    )
+    plotly, code = Markup(get_plotlyjs()), Markup(figures)
+    return template.render(title=title, version=__version__, plots=plots, plotly=plotly, figures=code, **parts)
 
 
 def _facts(report: Report, stages: Sequence[show.Stage]) -> list[dict[str, str]]:

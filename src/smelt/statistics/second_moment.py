@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import product
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from smelt.core.errors import DataError
 from smelt.core.statistic import Statistic
+from smelt.statistics.gram import geometry
 
 
 class SecondMoment(Statistic):
@@ -28,6 +30,10 @@ class SecondMoment(Statistic):
         super().__init__(module)
         self.total: Tensor | None = None
         self.number = 0
+
+    @classmethod
+    def kind(cls, module: nn.Module) -> Hashable:
+        return geometry(module)
 
     def update(self, x: Tensor) -> None:
         """Raises DataError: NaN or infinite values."""

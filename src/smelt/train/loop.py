@@ -103,7 +103,7 @@ def _epochs(
     progress: Progress,
     notes: list[str],
 ) -> None:
-    optimizer = _optimizer(act, list(t.parameters()))
+    optimizer = t.optimizer = _optimizer(act, list(t.parameters()))
     layout = _layout(model, train, loop.device)
     start, best = 0, _Best()
     if loop.checkpoint is not None and loop.checkpoint.exists():

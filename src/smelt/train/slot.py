@@ -15,11 +15,30 @@ from smelt.core.target import Target
 
 @dataclass
 class Link:
-    """One codec acting on one tensor."""
+    """One codec acting on one tensor.
+
+    watched: what it asked to see of training (see `Codec.needs_at`), and `seen` what was found so far.
+    """
 
     codec: Codec
     label: str
     state: State | None = None
+    watched: tuple[str, ...] = ()
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def watch(self, x: Tensor, given: Tensor) -> None:
+        """Take in the gradient of what the codec gives for `x`, once it is known."""
+        if not (self.watched and given.requires_grad):
+            return
+
+        def arrived(gradient: Tensor) -> None:
+            if "movement" in self.watched:
+                total = self.seen.setdefault("movement", torch.zeros_like(x, requires_grad=False))
+                total.addcmul_(x.detach(), gradient, value=-1)
+            if "slope" in self.watched:
+                self.seen["slope"] = gradient.detach()
+
+        given.register_hook(arrived)
 
 
 @dataclass
@@ -50,12 +69,14 @@ class Slot:
     def _chain(self, x: Tensor) -> Tensor:
         for link in self.links:
             if link.state is not None:
-                x = link.codec.simulate(x, link.state)
+                given = link.codec.simulate(x, link.state)
+                link.watch(x, given)
+                x = given
         return x
 
-    def seen_by(self, link: Link) -> Values:
-        """The values that reach a link, and the mask of earlier pruning."""
-        index = self.links.index(link)
+    def seen_by(self, link: Link | None) -> Values:
+        """The values that reach a link (None: that leave the last), and the mask of earlier pruning."""
+        index = len(self.links) if link is None else self.links.index(link)
         where = self.where
         with torch.no_grad():
             x = self.leaves[self.carrier or ""].detach()

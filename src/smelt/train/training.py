@@ -32,14 +32,15 @@ from smelt.core.apply import (
     seed_of,
     weight_statistics,
 )
-from smelt.core.data import evaluating, forward, forward_or_raise, logits_of
+from smelt.core.data import logits_of
 from smelt.core.edit import submodule
 from smelt.core.errors import DataError, ModelError, RecipeError
-from smelt.core.method import Codec, Known, Lossless, Method, Objective, Rewrite, Seen, Stats
+from smelt.core.method import Codec, Inside, Known, Lossless, Method, Objective, Rewrite, Seen, Stats
 from smelt.core.recipe import Recipe, Step
 from smelt.core.settings import ramps, resolve
 from smelt.core.store import eat, pack, renew, rest_bytes, store_of
 from smelt.core.target import Target, targets
+from smelt.train.objectives import Objectives
 from smelt.train.slot import Group, Link, Slot
 
 # Share of the loop after which a codec that settles (a mask) no longer moves, unless its ramp says otherwise.
@@ -61,6 +62,9 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         refresh: share of the loop between two updates of what moves.
         seed: for what is drawn at random.
         tail: lossless codecs with which candidates are priced.
+
+    Attributes:
+        optimizer: set it to yours, and what it remembers of weights that start anew from 0 (regrowth) is forgotten.
 
     Raises:
         RecipeError, RuleError: as in a recipe.
@@ -85,10 +89,11 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         self._every = max(1, round(refresh * steps)) if steps else 0
         self._known = Known(calibration, loss, seed=seed)
         self._slots: list[Slot] = []
-        self._objectives = [piece.act for piece in self.pieces if isinstance(piece.act, Objective)]
+        self._objectives = Objectives([piece for piece in self.pieces if isinstance(piece.act, Objective)], teacher)
         self._groups: list[Group] = []
         self._shared: dict[int, nn.Parameter] = {}  # by the id of a leaf that stands in several trees
         self._hook: Any = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self.notes: list[str] = []
         for piece in self.pieces:
             if ramps(piece.act) and not steps:
@@ -116,6 +121,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
                 self._groups.append(self._group(piece, piece.act, slots))
         self._slots = list(slots.values())
         self._refit(everything=True)
+        self.notes += self._objectives.choose(self.model, slots)
         before = len(held.activations)
         try:
             for piece in self.pieces:
@@ -125,6 +131,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             for activation in held.activations[before:]:
                 activation.remove()
             del held.activations[before:]
+            self._objectives.leave()
             raise
         for slot in self._slots:
             for path, name in slot.target.places:
@@ -155,6 +162,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     def _restore(self) -> None:
         """Put the parameters back where the modules had them."""
         self._hook.remove()
+        self._objectives.leave()
         for slot in self._slots:
             for path, name in slot.target.places:
                 owner = submodule(self.model, path)
@@ -180,8 +188,9 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for target in members:
             eat(codec, target, self.model, piece.key)  # raises where nothing floating is left
             slots.setdefault(target.name, self._slot(target))
-        statistics = weight_statistics(self.model, codec, members, self._known, piece.key)
-        group = Group(codec, [slots[t.name] for t in members], [Link(codec, piece.key) for _ in members], statistics)
+        statistics = weight_statistics(self.model, codec.needs_at("weight"), members, self._known, piece.key)
+        links = [Link(codec, piece.key, watched=codec.needs_at("training")) for _ in members]
+        group = Group(codec, [slots[t.name] for t in members], links, statistics)
         for slot, link in zip(group.slots, group.links, strict=True):
             slot.links.append(link)
         return group
@@ -217,11 +226,16 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     @torch.no_grad()
     def _refit(self, *, everything: bool = False, epoch: bool = False, last: bool = False) -> None:
         """Fit the states of what moves: at the start all, later what ramps, each epoch what does not settle."""
+        self._objectives.masks.clear()
         t = 1.0 if last else self.progress
         for group in self._groups:
+            own = group.codec.period()
+            every = own or self._every
+            if not (everything or last or (not own if epoch else every and self.done % every == 0)):
+                continue
             moving = ramps(group.codec).values()
             finish = max((r.finish for r in moving), default=SETTLED)
-            window = (self._every + 1) / self.steps if self.steps else 0.0  # one last fit where the ramp arrives
+            window = (every + 1) / self.steps if self.steps else 0.0  # one last fit where the ramp arrives
             follows = t <= finish + window and not last if group.codec.settles else bool(moving) or epoch or last
             if not (everything or follows):
                 continue
@@ -230,19 +244,31 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             for name, values in seen.items():
                 if not bool(torch.isfinite(values.x).all()):
                     raise ModelError(f"{name} became NaN or infinite in training, after {self.done} steps")
-            plan = resolve(group.codec, t).plan(seen, {}, lambda e: rest_bytes(pack(e, self.tail)))
+            scout = {s.target.name: {**group.statistics[s.target.name], **link.seen} for s, link in pairs}
+            plan = resolve(group.codec, t).plan(seen, scout, lambda e: rest_bytes(pack(e, self.tail)))
             for slot, link in pairs:
-                name = slot.target.name
-                if link.state is not None and any(True for _ in link.state.parameters()):
+                name, before = slot.target.name, link.state
+                if before is not None and any(True for _ in before.parameters()):
                     continue  # it learns its state
                 link.codec = plan[name]
-                stats = Stats(seen[name].where, group.statistics[name], seed_of(self.seed, name))
+                inside = Inside(t, before, dict(link.seen))
+                stats = Stats(seen[name].where, group.statistics[name], seed_of(self.seed, name), inside)
                 link.state = link.codec.fit(seen[name].x, stats)
+                if (fresh := link.codec.restarts(before, link.state)) is not None:
+                    self._restart_values(slot.leaves[slot.carrier or ""], fresh)
+
+    def _restart_values(self, leaf: nn.Parameter, where: Tensor) -> None:
+        """Set entries to 0, and what the optimizer remembers of them."""
+        leaf[where] = 0
+        moments = self.optimizer.state.get(leaf, {}) if self.optimizer is not None else {}
+        for value in moments.values():
+            if isinstance(value, Tensor) and value.shape == leaf.shape:
+                value[where] = 0
 
     def step(self) -> None:
         """Tell that one optimizer step is done."""
         self.done += 1
-        if self._every and self.done % self._every == 0:
+        if self._every or any(group.codec.period() for group in self._groups):
             self._refit()
 
     def epoch(self) -> None:
@@ -254,26 +280,10 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     ) -> Tensor:
         """The loss of all objectives together, plus `hard` (your task's loss) in the weight they leave it.
 
-        One forward of the teacher, in evaluation mode, serves all; none is run where `guide` holds its logits.
-        Without objectives the loss is `hard`.
+        One forward of the teacher, in evaluation mode, serves all; none is run where `guide` holds its logits and
+        nobody asks for its features.  Without objectives the loss is `hard`.
         """
-        logits = logits_of(outputs)
-        if guide is None and any(o.needs_teacher for o in self._objectives):
-            guide = self._guide(inputs)
-        seen = Seen(inputs, logits, labels, guide, hard)
-        weight = 1.0
-        total = logits.new_zeros(())
-        for objective in self._objectives:
-            total = total + objective.loss(seen)
-            weight *= objective.hard_weight()
-        return total + weight * hard if hard is not None and weight else total
-
-    def _guide(self, inputs: Any) -> Tensor:
-        if not isinstance(self.teacher, nn.Module):
-            with torch.no_grad():
-                return logits_of(forward(self.teacher, inputs))
-        with evaluating(self.teacher):
-            return logits_of(forward_or_raise(self.teacher, inputs, "as the teacher"))
+        return self._objectives.loss(Seen(inputs, logits_of(outputs), labels, guide, hard), self.progress)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that learns, each once: leaves, masters, learned states, and the model's other parameters."""
@@ -306,6 +316,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for key, link in self._links():
             if link.state is not None:
                 found |= {f"{key}.{name}": b for name, b in link.state.named_buffers()}
+            found |= {f"{key}.seen.{name}": seen for name, seen in link.seen.items()}
         return {name: tensor.clone() for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -313,11 +324,14 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         """The inverse of `state`, in the same context or in one made the same way."""
         for name, p in self.named_parameters():
             p.copy_(state[name])
+        self._objectives.masks.clear()
         for name, b in self.model.named_buffers():
             b.copy_(state[name])
         for key, link in self._links():
             for name in [n for n, _ in link.state.named_buffers()] if link.state is not None else ():
                 setattr(link.state, name, state[f"{key}.{name}"].clone())
+            seen = {name: state.get(f"{key}.seen.{name}") for name in link.watched}
+            link.seen = {name: found.clone() for name, found in seen.items() if found is not None}
 
     def plans(self) -> dict[str, dict[str, Any]]:
         """The settings that `plan` gave each codec for each tensor, as plain data."""

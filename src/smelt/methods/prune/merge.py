@@ -6,212 +6,205 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smelt.core.edit import Edit, Fill, Keep, Note, Set, submodule
+from smelt.core.edit import Edit, Note
 from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
-from smelt.graph.chains import Link, chains
+from smelt.graph.chains import GROUPED, LAYERS, Link, chains
+from smelt.graph.flow import Assumed, Measured, Moments, Source, moments
+from smelt.graph.layers import TINY, Layer, constants, edits_between, keep, leaders, same_rows, stages
+from smelt.scores._columns import eliminate, nearest, refit
 
-# 1 - cosine below which rows of float32 weights are the same up to rounding.
+# 1 - cosine below which rows of float32 values are the same up to rounding.
 EXACT = 1e-12
-# Rows of the table of cosines that are in memory at a time.
-BLOCK = 1024
+# What is added to the diagonal of a Gram matrix, over its mean.
+RIDGE = 1e-2
+# Columns of a consumer up to which each is refitted by itself; of larger ones, units are mixed as a whole.
+WHOLE = 2048
 
 
 @dataclass(frozen=True)
 class Merge(Rewrite):
-    """Linear neurons that do the same become one, dead ones go; outputs stay the same.
+    """Neurons and channels that do the same become one, dead ones go; with a ratio, the rest takes over what goes.
 
-    Looked at are pairs of linear layers with only elementwise functions f between them, where neuron i gives
-    f(w_i x + b_i) to column u_i of the next weight.  Until nothing changes any more:
+    Looked at are pairs of layers (linear, convolution) between which units, that is neurons or channels, keep apart:
+    functions, batch norm, pooling, depthwise convolutions, flattening.  Unit i of the first meets the columns U_i of
+    the second.  What never changes the outputs is done first, until nothing changes any more:
 
-        dead        u_i = 0, or w_i = 0: it gives the constant f(b_i), which moves into the next bias
-        the same    (w_j, b_j) = (w_i, b_i), or c times it with c > 0 where f is positively homogeneous (ReLU, leaky
-                    ReLU): j goes, u_i becomes u_i + c u_j
+        dead        U_i = 0, or it gives a constant: that moves into the next bias (not where the next layer has none,
+                    or lays its kernel over zeros at the borders; 0 goes anyhow)
+        the same    weights and bias, norm included, are equal, or c > 0 times so where f is positively homogeneous
+                    (ReLU, leaky ReLU, pooling): j goes, U_i becomes U_i + c U_j
 
-    With `tolerance`, rows count as the same whose cosine (with equal lengths, unless scaled ones count) is at least
-    1 - tolerance.  With `ratio`, neurons go on being merged, cheapest first, into their nearest neighbour i with the
-    scale c >= 0 that fits best (Kim et al. take the ratio of lengths; c = 1 where f is not homogeneous), where the cost
-    is |(w_j, b_j) - c (w_i, b_i)|^2 |u_j|^2.
+    `by: activations` then does the same with what the units give on the job's data (at most 16 batches of the training
+    split, labels unused), so that outputs stay on those data.  With `tolerance`, units count as the same whose rows, or
+    activations, have a cosine (with equal lengths, unless scaled ones count) of at least 1 - tolerance.
 
-    applies to: linear layers whose output goes through elementwise functions into one other linear layer
+    With `ratio`, layer after layer loses units, judged by the Gram matrix G of the activations: on data (`by:
+    activations`), or on what standard normal inputs and the statistics of batch norms let expect (`by: weights`).
+
+        refit ridge   those go whose loss the others can best make up for in the input of the next layer, whose weights
+                      and bias are fitted anew: min |A U^T - A' V^T|^2 + ridge |V - U|^2, A of the original model, A'
+                      of the one changed so far; taken out one by one by the rule of the optimal brain surgeon
+        refit sum     the cheapest pairs, j into its nearest neighbour: c = G_ij / G_ii, cost |a_j - c a_i|^2 |U_j|^2
+
+    applies to: linear layers and convolutions whose units keep apart up to one other linear layer or convolution
     needs a pretrained model: yes
-    needs data: no
-    needs training: no; with a ratio, a little, to recover
-    good at: what training has left unused: exact, smaller and faster on everything
-    bad at: networks without twins or dead units, which it leaves as they are
-    source: Srinivas & Babu 2015, arXiv:1507.06149 (cost); Kim et al. 2020, arXiv:2010.13160 (scaled neighbour)
+    needs data: no; by activations, some without labels
+    needs training: no; with a high ratio, a little, to recover
+    good at: what training has left unused: exact; half of the units of a wide layer at little loss
+    bad at: networks without twins or dead units, which it leaves as they are without a ratio; layers around additions
+    source: Kim et al. 2020, arXiv:2010.13160; He et al. 2017, arXiv:1707.06168 (refit); Hassibi & Stork 1993 (order)
     """
 
-    tolerance: float = setting(0.0, "largest 1 - cosine of neurons that count as the same", low=0, high=1)
-    ratio: float = setting(0.0, "share of the neurons of each layer to take out at least", low=0, high=0.99)
+    tolerance: float = setting(0.0, "largest 1 - cosine of units that count as the same", low=0, high=1)
+    ratio: float = setting(0.0, "share of the units of each layer to take out at least", low=0, high=0.99)
+    by: str = setting("weights", "what units are compared by", choices=("weights", "activations"))
+    refit: str = setting("ridge", "who takes over what goes: all others, or the nearest", choices=("ridge", "sum"))
 
     def refuses(self, target: Target) -> str | None:
-        if type(target.module) is not nn.Linear or target.places[0][1] != "weight":
-            return f"it is no weight of a linear layer but of {type(target.module).__name__}"
-        return None
+        if type(target.module) not in LAYERS or target.places[0][1] != "weight":
+            return f"it is no weight of a linear layer or convolution but of {type(target.module).__name__}"
+        return GROUPED if getattr(target.module, "groups", 1) > 1 else None
 
     @torch.no_grad()
     def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
         wanted = {target.places[0][0]: target.name for target in targets}
-        links, reasons = chains(model)
+        every, reasons = chains(model)
         edits: list[Edit] = [Note(wanted[path], reason) for path, reason in reasons.items() if path in wanted]
-        links = [link for link in links if link.producer in wanted]
-        layers = {path: _Layer(model, path) for link in links for path in (link.producer, link.consumer)}
-        while any([self._same(layers, link) for link in links]):
-            pass
-        if self.ratio:
+        links = [link for link in every if link.producer in wanted]
+        width = {link.consumer: len(model.get_parameter(f"{link.producer}.weight")) for link in links}
+        paths = dict.fromkeys(path for link in links for path in (link.producer, link.consumer))
+        layers = {path: Layer(model, path, width.get(path)) for path in paths}
+        self._settle(layers, links)
+        if links and (self.ratio or self.by == "activations"):
+            source: Source = Assumed(model, every, known.seed)
+            if self.by == "activations":
+                known.example(model, "to compare activations (by: activations)")
+                source = Measured(model, known.batches or ())
             for link in links:
-                self._closest(layers[link.producer], layers[link.consumer], link)
-            while any([self._same(layers, link) for link in links]):
-                pass
+                if isinstance(source, Assumed) and source.side(link) is None:
+                    why = f"no square image fits all layers up to {link.consumer}, so nothing can be assumed of them"
+                    edits.append(Note(wanted[link.producer], f"{why}; by: activations needs no such assumption"))
+                else:
+                    self._reduce(layers, link, source)
+            self._settle(layers, links)
         for link in links:
-            stuck = _constant(layers[link.producer])
-            if len(layers[link.producer].rows) > 1 and bool(stuck.any()):
-                why = f"{int(stuck.sum())} of its neurons give constants, and {link.consumer} has no bias to take them"
-                edits.append(Note(wanted[link.producer], why))
-        for path, layer in layers.items():
-            edits += layer.edits(path)
+            edits += [Note(wanted[link.producer], why) for why in _stuck(layers, link)]
+            edits += edits_between(layers[link.producer], link)
+        for layer in layers.values():
+            edits += layer.edits()
         return edits
 
-    def _same(self, layers: Mapping[str, _Layer], link: Link) -> bool:
+    def _settle(self, layers: Mapping[str, Layer], links: Sequence[Link]) -> None:
+        while any([self._same(layers[link.producer], layers[link.consumer], link) for link in links]):
+            pass
+
+    def _same(self, first: Layer, second: Layer, link: Link) -> bool:
         """Take out what is dead or the same at one link; whether there was any."""
-        first, second = layers[link.producer], layers[link.consumer]
         before = len(first.rows)
-        keep = second.weight.any(0)
-        flat = keep & _constant(first)
-        if bool(flat.any()):
-            gives = link.apply(first.constants(flat)).double()
-            if second.bias is not None:
-                second.bias += second.weight[:, flat] @ gives
-                keep &= ~flat
-            else:
-                keep[flat.nonzero()[gives == 0]] = False
-        _keep(first, second, keep)
-        rows = first.augmented()
-        leader = _leaders(rows, max(self.tolerance, EXACT), link.homogeneous)
-        scale = _scales(rows, leader) if link.homogeneous else torch.ones_like(rows[:, 0])
-        followers = leader != torch.arange(len(leader), device=leader.device)
-        if bool(followers.any()):
-            moved = second.weight[:, followers] * scale[followers]
-            second.weight.index_add_(1, leader[followers], moved)
-            second.filled = True
-            _keep(first, second, ~followers)
+        kept = second.weight.transpose(1, 2).flatten(0, 1).any(0)
+        flat, gives = constants(first, link)
+        _fold(second, kept, flat, gives, link)
+        keep(first, second, kept)
+        rows, length = stages(first, link)
+        leader = leaders(same_rows(rows, max(self.tolerance, EXACT)), len(length)).to(length.device)
+        _follow(first, second, leader, length / length[leader].clamp_min(TINY))
         return len(first.rows) < before
 
-    def _closest(self, first: _Layer, second: _Layer, link: Link) -> None:
-        """Merge the cheapest pairs until the layer has lost its share."""
-        surplus = len(first.rows) - (first.width - int(self.ratio * first.width))
-        if surplus <= 0:
+    def _reduce(self, layers: Mapping[str, Layer], link: Link, source: Source) -> None:
+        """Take out at one link what activations show to be dead or the same, then what the ratio asks for."""
+        first, second = layers[link.producer], layers[link.consumer]
+        changed = {name: value for layer in layers.values() for name, value in layer.full().items()}
+        if self.by == "activations":
+            self._same_on_data(first, second, link, moments(source, link, second, changed, whole=False, constant=True))
+        count = len(first.rows) - (first.width - int(self.ratio * first.width))
+        if count <= 0:
             return
-        rows = first.augmented()
-        length = rows.square().sum(1)
-        dot = rows @ rows.T
-        if link.homogeneous:
-            dot.clamp_min_(0)
-            apart = length[:, None] - dot.square() / length.clamp_min(torch.finfo(dot.dtype).tiny)
+        if self.refit == "sum":
+            gram = moments(source, link, second, changed, whole=False, constant=False).gram
+            stays, outgoing = nearest(gram, _outgoing(second.weight, False), count)
+            second.weight, second.filled = _incoming(outgoing, second, False), True
+            keep(first, second, stays)
         else:
-            apart = length[:, None] - 2 * dot + length
-        apart = apart.clamp_min_(0).fill_diagonal_(torch.inf)  # [j, i]: what merging j into i changes j by, squared
-        best, nearest = apart.min(1)
-        weight = second.weight.square().sum(0)
-        keep = torch.ones_like(weight, dtype=torch.bool)
-        for _ in range(surplus):
-            j = int((best * weight).where(keep, torch.inf).argmin())
-            i = int(nearest[j])
-            scale = dot[j, i] / length[i] if link.homogeneous and length[i] > 0 else float(not link.homogeneous)
-            second.weight[:, i] += scale * second.weight[:, j]
-            weight[i] = second.weight[:, i].square().sum()
-            keep[j] = False
-            apart[:, j] = torch.inf
-            orphans = (nearest == j).nonzero()[:, 0]
-            best[orphans], nearest[orphans] = apart[orphans].min(1)
+            whole = second.units * second.weight.shape[2] <= WHOLE
+            with_bias = second.bias is not None
+            seen = moments(source, link, second, changed, whole=whole, constant=with_bias)
+            _ridge(first, second, seen, count, whole)
+
+    def _same_on_data(self, first: Layer, second: Layer, link: Link, seen: Moments) -> None:
+        gram, tolerance = seen.gram[:-1, :-1], max(self.tolerance, EXACT)
+        length, mean = gram.diagonal().sqrt(), seen.gram[:-1, -1]
+        kept = torch.ones_like(length, dtype=torch.bool)
+        _fold(second, kept, mean.abs() >= (1 - tolerance) * length, mean, link)
+        keep(first, second, kept)
+        gram, length = gram[kept][:, kept], length[kept]
+        if bool(kept.any()):
+            cosine = gram / (length[:, None] * length).clamp_min(TINY)
+            leader = leaders(lambda block: cosine[block] >= 1 - tolerance, len(length)).to(gram.device)
+            own = torch.arange(len(length), device=gram.device)
+            _follow(first, second, leader, gram[own, leader] / gram[leader, leader].clamp_min(TINY))
+
+
+def _fold(second: Layer, kept: Tensor, flat: Tensor, gives: Tensor, link: Link) -> None:
+    """Move constants into the bias of the consumer, where that is the same; `kept` loses the units."""
+    movable = kept & flat & ((gives == 0) | (second.bias is not None and not link.pads))
+    if second.bias is not None:
+        second.bias += second.weight[:, movable].sum(2) @ gives[movable]
+    kept &= ~movable
+
+
+def _follow(first: Layer, second: Layer, leader: Tensor, scale: Tensor) -> None:
+    """Let each unit be done by its leader, times a scale."""
+    followers = leader != torch.arange(len(leader), device=leader.device)
+    if bool(followers.any()):
+        moved = second.weight[:, followers] * scale[followers, None]
+        second.weight.index_add_(1, leader[followers], moved)
         second.filled = True
-        _keep(first, second, keep)
+        keep(first, second, ~followers)
 
 
-class _Layer:
-    """A linear layer on its way: values in float64, and which rows and columns of the original are left."""
-
-    def __init__(self, model: nn.Module, path: str):
-        module = submodule(model, path)
-        assert isinstance(module, nn.Linear)
-        self.weight = module.weight.detach().to(torch.float64, copy=True)
-        self.bias = None if module.bias is None else module.bias.detach().to(torch.float64, copy=True)
-        self.dtype, self.width = module.weight.dtype, module.out_features
-        self.rows = torch.arange(module.out_features)
-        self.columns = torch.arange(module.in_features)
-        self.original = module
-        self.filled = False
-
-    def augmented(self) -> Tensor:
-        """[out, in + 1]: the bias as one more column."""
-        bias = torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias
-        return torch.cat([self.weight, bias[:, None]], 1)
-
-    def constants(self, which: Tensor) -> Tensor:
-        """What neurons without incoming weights give before the functions, in the dtype of the layer."""
-        return (torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias)[which].to(self.dtype)
-
-    def edits(self, path: str) -> list[Edit]:
-        found: list[Edit] = []
-        module = self.original
-        if len(self.rows) < module.out_features:
-            index = tuple(self.rows.tolist())
-            found += [Keep(f"{path}.weight", 0, index), Set(path, "out_features", len(index))]
-            if self.bias is not None:
-                found.append(Keep(f"{path}.bias", 0, index))
-        if len(self.columns) < module.in_features:
-            index = tuple(self.columns.tolist())
-            found += [Keep(f"{path}.weight", 1, index), Set(path, "in_features", len(index))]
-        if self.filled:
-            found.append(Fill(f"{path}.weight", self.weight.to(self.dtype)))
-        if self.bias is not None and not torch.equal(self.bias, module.bias[self.rows.to(module.bias.device)].double()):
-            found.append(Fill(f"{path}.bias", self.bias.to(self.dtype)))
-        return found
+def _ridge(first: Layer, second: Layer, seen: Moments, count: int, whole: bool) -> None:
+    """Take out `count` units; the columns of the others, and the bias, are fitted to what the original layer gave."""
+    original, now = _outgoing(second.original, whole), _outgoing(second.weight, whole)
+    columns = now.shape[1]
+    mean = float(seen.gram.diagonal()[:columns].mean())
+    ridge = seen.gram.new_zeros(len(seen.gram))
+    ridge[:columns] = RIDGE * mean or 1.0
+    if second.bias is not None:  # the column of ones
+        bias = second.module.bias.detach().double()[second.rows.to(second.weight.device)]  # type: ignore[union-attr]
+        share = bias.repeat_interleave(len(now) // len(bias)) * len(bias) / len(now)
+        original = torch.cat([original, share[:, None]], 1)
+        now = torch.cat([now, torch.zeros_like(share)[:, None]], 1)
+    gram, products = seen.gram + ridge.diag(), original @ seen.cross + now * ridge
+    best = torch.linalg.solve(gram, products.T).T
+    stays = eliminate(gram, best, len(second.columns), seen.size, count)
+    kept = torch.ones_like(ridge, dtype=torch.bool)
+    kept[:columns] = stays.repeat_interleave(seen.size)
+    outgoing = refit(gram, products, kept)
+    keep(first, second, stays)
+    if second.bias is not None:
+        second.bias = outgoing[:, -1].reshape(len(second.bias), -1).sum(1)
+        outgoing = outgoing[:, :-1]
+    second.weight, second.filled = _incoming(outgoing, second, whole), True
 
 
-def _constant(layer: _Layer) -> Tensor:
-    return ~layer.weight.any(1)
+def _outgoing(weight: Tensor, whole: bool) -> Tensor:
+    """[out, units, k] -> [out, units * k], or [out * k, units]."""
+    return weight.flatten(1) if whole else weight.transpose(1, 2).flatten(0, 1)
 
 
-def _keep(first: _Layer, second: _Layer, keep: Tensor) -> None:
-    """Let only these neurons stand between two layers; if none is left, one that is not listened to."""
-    if not bool(keep.any()):
-        keep = keep.clone()
-        keep[0] = second.filled = True
-        second.weight[:, 0] = 0
-    first.weight, second.weight = first.weight[keep], second.weight[:, keep]
-    if first.bias is not None:
-        first.bias = first.bias[keep]
-    first.rows, second.columns = first.rows[keep.cpu()], second.columns[keep.cpu()]
+def _incoming(outgoing: Tensor, second: Layer, whole: bool) -> Tensor:
+    """The inverse of `_outgoing`."""
+    out, _, k = second.weight.shape
+    return outgoing.reshape(out, -1, k) if whole else outgoing.reshape(out, k, -1).transpose(1, 2).contiguous()
 
 
-def _leaders(rows: Tensor, tolerance: float, scaled: bool) -> Tensor:
-    """[n]: for each row the first row that it is the same as (itself, if none).
-
-    Rows follow a leader, never another follower, so what is merged is within the tolerance of what stays.
-    """
-    n = len(rows)
-    length = rows.norm(dim=1)
-    unit = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
-    free = torch.arange(n, device=rows.device)
-    leader = free.clone()
-    for start in range(0, n, BLOCK):
-        block = slice(start, start + BLOCK)
-        if scaled:
-            near = unit[block] @ unit.T >= 1 - tolerance
-        else:
-            both = length[block, None] * length
-            near = length[block, None].square() + length.square() - 2 * (rows[block] @ rows.T) <= 2 * tolerance * both
-        near &= free > free[block, None]
-        for i in near.any(1).nonzero()[:, 0].tolist():
-            if leader[start + i] == start + i:
-                leader[near[i] & (leader == free)] = start + i
-    return leader
-
-
-def _scales(rows: Tensor, leader: Tensor) -> Tensor:
-    """[n]: the c that makes c * (the row of the leader) nearest to each row; 1 for leaders."""
-    own = rows[leader]
-    return (rows * own).sum(1) / own.square().sum(1).clamp_min(torch.finfo(rows.dtype).tiny)
+def _stuck(layers: Mapping[str, Layer], link: Link) -> list[str]:
+    """Why constants stay."""
+    first, second = layers[link.producer], layers[link.consumer]
+    number = int(constants(first, link)[0].sum())
+    if not number or len(first.rows) == 1:
+        return []
+    why = "has no bias to take them" if second.bias is None else "adds zeros around them, so that they are none there"
+    return [f"{number} of its units give constants, and {link.consumer} {why}"]

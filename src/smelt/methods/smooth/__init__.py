@@ -1,0 +1,1 @@
+"""Weights that vary less from one to the next."""

@@ -1,0 +1,112 @@
+"""The objectives of a loop: what each has seen, and their losses together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smelt.core.apply import chosen
+from smelt.core.data import evaluating, forward, forward_or_raise, logits_of
+from smelt.core.edit import submodule
+from smelt.core.errors import DataError
+from smelt.core.method import Objective, Seen, Weight
+from smelt.core.recipe import Step
+from smelt.core.settings import resolve
+from smelt.core.target import Target
+from smelt.train.slot import Slot
+
+
+class Objectives:
+    """Objectives with the tensors and the modules at which they look.
+
+    masks: of what earlier and acting pruning keeps, by the name of the tensor; to be cleared when one moves.
+    """
+
+    def __init__(self, pieces: Sequence[Step], teacher: Any):
+        self.pieces = pieces
+        self.teacher = teacher
+        self.masks: dict[str, Tensor | None] = {}
+        self._members: list[list[Target]] = [[] for _ in pieces]
+        self._slots: Mapping[str, Slot] = {}
+        self._features: dict[str, Any] = {}
+        self._teacher_features: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+
+    def choose(self, model: nn.Module, slots: Mapping[str, Slot]) -> list[str]:
+        """Find what the objectives look at, before the parameters leave their places; returns notes."""
+        notes: list[str] = []
+        self._slots = slots
+        for members, piece in zip(self._members, self.pieces, strict=True):
+            if _act(piece).needs_weights:
+                members[:], left = chosen(model, piece, piece.key)
+                notes += left
+        acts = [_act(piece) for piece in self.pieces]
+        watched = [(submodule(model, p), p, self._features) for p in {p for act in acts for p in act.features()}]
+        for path in {p for act in acts for p in act.teacher_features()}:
+            if not isinstance(self.teacher, nn.Module):
+                raise DataError(f"the output of {path!r} is asked of the teacher, which is no module")
+            watched.append((submodule(self.teacher, path), path, self._teacher_features))
+        for module, path, found in watched:
+
+            def see(_: nn.Module, inputs: Any, output: Any, path: str = path, into: dict[str, Any] = found) -> None:
+                into[path] = output
+
+            self._hooks.append(module.register_forward_hook(see))
+        return notes
+
+    def leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def loss(self, seen: Seen, progress: float) -> Tensor:
+        """All terms, plus the task's loss in the weight they leave it."""
+        acts = [resolve(_act(piece), progress) for piece in self.pieces]
+        if any(act.teacher_features() for act in acts) or (
+            seen.teacher is None and any(act.needs_teacher for act in acts)
+        ):
+            seen = replace(seen, teacher=self._guide(seen.inputs))
+        weight = 1.0
+        total = seen.outputs.new_zeros(())
+        for act, members in zip(acts, self._members, strict=True):
+            own = replace(
+                seen,
+                weights={t.name: self._weight(t) for t in members},
+                features=_taken(self._features, act.features(), "the model"),
+                teacher_features=_taken(self._teacher_features, act.teacher_features(), "the teacher"),
+            )
+            total = total + act.loss(own)
+            weight *= act.hard_weight()
+        self._features.clear()
+        self._teacher_features.clear()
+        return total + weight * seen.hard if seen.hard is not None and weight else total
+
+    def _weight(self, target: Target) -> Weight:
+        slot, x = self._slots.get(target.name), getattr(target.module, target.places[0][1])
+        if slot is not None and target.name not in self.masks:
+            where = slot.seen_by(None).where if slot.links else slot.where
+            self.masks[target.name] = where if where is not None and where.shape == x.shape else None
+        return Weight(x, self.masks.get(target.name), target.module)
+
+    def _guide(self, inputs: Any) -> Tensor:
+        if not isinstance(self.teacher, nn.Module):
+            with torch.no_grad():
+                return logits_of(forward(self.teacher, inputs))
+        with evaluating(self.teacher):
+            return logits_of(forward_or_raise(self.teacher, inputs, "as the teacher"))
+
+
+def _act(piece: Step) -> Objective:
+    assert isinstance(piece.act, Objective)
+    return piece.act
+
+
+def _taken(found: Mapping[str, Any], wanted: Sequence[str], who: str) -> dict[str, Any]:
+    for path in wanted:
+        if path not in found:
+            raise DataError(f"the module {path!r} of {who} did not run in this forward; its output is asked for")
+    return {path: found[path] for path in wanted}
