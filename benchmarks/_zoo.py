@@ -232,7 +232,7 @@ vovnet                     vovnet39a                           22600296  64
 """
 
 # What ends within seconds, for `--quick`.
-QUICK = ("test_resnet", "test_efficientnet", "starnet_s050", "test_vit", "llama")
+QUICK = ("test_resnet", "test_efficientnet", "starnet_s050", "test_vit", "bert")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ PEERS = [
     *("magnitude, local", f"magnitude, local{WITHIN}", f"magnitude, global{WITHIN}", f"batchnorm, global{WITHIN}"),
     *(f"taylor, local{WITHIN}", f"taylor, global{WITHIN}"),
 ]
+SLOW = f"hessian, global{WITHIN}"  # takes a backward pass of a batch for every sample
 STRONG = PEERS[1:3] + PEERS[5:]  # those that ResNet-56 and further seeds are tried with
 FACTORS = (2, 3)
 SPARSE = (0.8, 0.9, 0.95)
@@ -93,26 +95,28 @@ def accuracy(model: nn.Module, test: Batches) -> float:
     return 100 * right / test.samples
 
 
-def cell(name: str, side: str, way: str, factor: float, seed: int, folder: str, images: int, test: int | None) -> Any:
-    """One network cut in one way: what it is then, and after training."""
+def cell(
+    name: str, side: str, way: str, factor: float, seed: int, folder: str, images: int, scored: int, test: int | None
+) -> Any:
+    """One network cut in one way, by what `scored` images say: what it is then, and after training on `images`."""
     torch.set_num_threads(1)
     path = Path(folder)
     data = _cifar.data(path, CACHE, seed, images, test, BATCH)
-    scored = _cifar.data(path, CACHE, seed, SCORED, 1, BATCH, None).train
-    assert isinstance(data.test, Batches)
+    known = _cifar.data(path, CACHE, seed, scored, 1, BATCH, None).train
+    assert isinstance(data.test, Batches) and isinstance(known, Batches)
     model = network(name, path)
-    base = macs(model, scored.inputs[:1])
+    base = macs(model, known.inputs[:1])
     if side == "uncut":
         cut = model
     elif side == "smelt":
         settings = {"ratio": 1 - 1 / factor, "of": "macs"} | OURS[way]
         cut = smelt.compress(
-            model, {"steps": [{"prune.channels": settings}]}, job(smelt.Data(train=scored), seed=seed)
+            model, {"steps": [{"prune.channels": settings}]}, job(smelt.Data(train=known), seed=seed)
         ).model
     elif side == "sparse":
         cut = smelt.compress(model, {"steps": [{"prune.weights": {"ratio": factor, "scope": "global"}}]}).model
     else:
-        cut = torch_pruning(name, path, way, base / factor, scored)
+        cut = torch_pruning(name, path, way, base / factor, known)
     found: dict[str, Any] = {"before": accuracy(cut, data.test)}
     after = cut
     if images:
@@ -120,13 +124,13 @@ def cell(name: str, side: str, way: str, factor: float, seed: int, folder: str, 
         after = smelt.compress(source, {"steps": [{"train": TRAIN | {"with": [TEACH]}}]}, job(data, model, seed)).model
     found |= {
         "after": accuracy(after, data.test),
-        "macs": macs(after, scored.inputs[:1]) / base,
+        "macs": macs(after, known.inputs[:1]) / base,
         "parameters": parameters(after) / parameters(model),
     }
     with tempfile.TemporaryDirectory() as scratch:
         found["bytes"] = smelt.save(after, Path(scratch) / "model.smelt")
     found["checkpoint"] = checkpoint_bytes(model)
-    found["speed"] = speed(model, after, scored.inputs[:LATENCY_BATCH])
+    found["speed"] = speed(model, after, known.inputs[:LATENCY_BATCH])
     return found
 
 
@@ -220,29 +224,35 @@ def speed(before: nn.Module, after: nn.Module, x: Tensor) -> dict[str, float]:
 
 def estimate(cells: list[dict[str, Any]]) -> float:
     """Seconds of a cell, on average."""
-    took = [(45 if cell["name"] == "ResNet-20" else 130) * cell["images"] / IMAGES for cell in cells]
+    took = [(50 if cell["name"] == "ResNet-20" else 140) * (cell["images"] + 6000) / (IMAGES + 6000) for cell in cells]
     return sum(took) / len(took)
 
 
 def grid(args: Any, folder: Path) -> list[dict[str, Any]]:
     def cells(name: str, side: str, ways: Any, factors: Any = FACTORS, seeds: Any = (0,)) -> list[dict[str, Any]]:
-        given = {"folder": str(folder), "images": 1000 if args.quick else IMAGES, "test": 1000 if args.quick else None}
+        images, scored, test = (1000, 256, 1000) if args.quick else (IMAGES, SCORED, None)
+        given = {"folder": str(folder), "images": images, "scored": scored, "test": test}
         points = [(w, f, s) for f in factors for w in ways for s in seeds]
         return [{"name": name, "side": side, "way": w, "factor": f, "seed": s, **given} for w, f, s in points]
 
+    peer = "Torch-Pruning" if find_spec("torch_pruning") else ""
+    if not peer:
+        print("missing peer: torch-pruning; pip install -r benchmarks/requirements.txt")
     if args.quick:
-        return cells("ResNet-20", "smelt", ["fisher"], [2]) + cells("ResNet-20", "Torch-Pruning", STRONG[:1], [2])
+        found = cells("ResNet-20", "smelt", ["fisher"], [2]) + cells("ResNet-20", peer, STRONG[:1], [2])
+        return [one for one in found if one["side"]]
     seeds = range(5 if args.long else 2)
     found = cells("ResNet-20", "uncut", [""], [1], seeds)
     found += cells("ResNet-20", "smelt", [w for w in OURS if w not in BEST]) + cells(
         "ResNet-20", "smelt", BEST, FACTORS, seeds
     )
-    weak = [w for w in PEERS if w not in STRONG]
-    found += cells("ResNet-20", "Torch-Pruning", weak) + cells("ResNet-20", "Torch-Pruning", STRONG, FACTORS, seeds)
+    weak = [w for w in PEERS if w not in STRONG] + ([SLOW] if args.long else [])
+    found += cells("ResNet-20", peer, weak) + cells("ResNet-20", peer, STRONG, FACTORS, seeds)
     found += cells("ResNet-20", "sparse", [""], SPARSE)
     many = seeds if args.long else [0]
     found += cells("ResNet-56", "uncut", [""], [1], many) + cells("ResNet-56", "smelt", BEST, FACTORS, many)
-    return found + cells("ResNet-56", "Torch-Pruning", STRONG, FACTORS, many)
+    found += cells("ResNet-56", peer, STRONG, FACTORS, many)
+    return [one for one in found if one["side"]]
 
 
 def rows(cells: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[Row]:

@@ -176,7 +176,7 @@ def test_what_cannot_be_opened(tmp_path: Path, plain: Path, packed: Path) -> Non
     for call in (smelt.open, smelt.load_file):
         with pytest.raises(FileError, match="no such file"):
             call(tmp_path / "no")
-        with pytest.raises(FileError, match="no such file"):
+        with pytest.raises(FileError, match="is a folder"):
             call(tmp_path)
         with pytest.raises(FileError, match=r"neither a \.smelt nor a \.safetensors file"):
             call(tmp_path / "text")
@@ -185,6 +185,8 @@ def test_what_cannot_be_opened(tmp_path: Path, plain: Path, packed: Path) -> Non
         for path in (plain, packed):
             with pytest.raises(ModelError, match="no device 'nowhere'"):
                 call(path, device="nowhere")
+            with pytest.raises(ModelError, match="'cuda:77' cannot be used here"):
+                call(path, device="cuda:77")
     for path in (plain, packed):
         with pytest.raises(ModelError, match="framework 'jax2'"):
             smelt.open(path, "jax2")

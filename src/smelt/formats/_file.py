@@ -14,6 +14,7 @@ from torch import Tensor
 from smelt.core.edit import Edit, Keep, Members, from_plain
 from smelt.core.encoded import Encoded, awaken, numel
 from smelt.core.errors import FileError, ModelError, nearest
+from smelt.core.job import check_device
 from smelt.core.named import first_line
 from smelt.formats._container import Container, to_bytes
 from smelt.formats._meta import Node, Reader, Resting, brief, pairs
@@ -373,11 +374,14 @@ class File:
 
 
 def as_device(device: str | int | torch.device) -> torch.device:
-    """Raises ModelError for what is no device."""
+    """Raises ModelError for what is no device, or none of this machine's."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"no device {device!r}: {first_line(error)}") from None
+    if found.type not in ("cpu", "meta"):
+        check_device(str(found))
+    return found
 
 
 def _judged(meta: Any) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def load_file(path: str | Path, device: str | int | torch.device = "cpu", thread
 def is_smelt(path: str | Path) -> bool:
     """Whether a file begins as `.smelt` files do, or has their name.  Raises FileError where none can be read."""
     path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{str(path)!r} is a folder; read the .smelt or .safetensors files in it one by one")
     if not path.is_file():
         raise FileError(f"no such file: {str(path)!r}")
     try:

@@ -36,7 +36,7 @@ class Trace:
 
     parameters: target name -> an axis per dimension.
     used: names of the targets that it has met.
-    idle: those that it has met only, or not even, in a second pass, in training mode; `untrained`: how that failed.
+    untrained: how a second pass, in training mode, failed; there is one where weights were not used in the first.
     like: tensors that were not used -> one that was, which they follow.
     """
 
@@ -45,7 +45,6 @@ class Trace:
         self.model = model
         self.parameters: dict[str, list[Axis]] = {}
         self.used: set[str] = set()
-        self.idle: set[str] = set()
         self.untrained = ""
         self.like: dict[str, str] = {}
         self.stack: list[str] = [""]
@@ -155,7 +154,6 @@ def trace(model: nn.Module, example: Any) -> tuple[Trace, Any]:
         except Exception as error:  # foreign code fails in any way it likes
             raise TraceError(f"{found.last or found.where} fails: {first_line(error)}") from error
         if any(t.is_weight and t.name not in found.used for t in targets(model)):
-            found.idle = {t.name for t in targets(model) if t.name not in found.used}
             try:
                 _pass(found, model.train(), example)
             except Exception as error:
