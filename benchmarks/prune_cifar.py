@@ -9,7 +9,7 @@ JPEGs, on which the networks, trained on exact pixels, have been trained further
 again is the baseline.  Torch-Pruning scores on the same batches; each of its scores stands at the better of its two
 ways to be used here: everything, or only within blocks.
 
-Beside it, unstructured: `prune.weights`, the same training, and the bytes of the written file.
+Beside it, unstructured: `prune.weights` while the same training runs, and the bytes of the written file.
 """
 
 from __future__ import annotations
@@ -106,22 +106,21 @@ def cell(
     assert isinstance(data.test, Batches) and isinstance(known, Batches)
     model = network(name, path)
     base = macs(model, known.inputs[:1])
-    if side == "uncut":
-        cut = model
-    elif side == "smelt":
+    cut, pieces = model, [TEACH]
+    if side == "smelt":
         settings = {"ratio": 1 - 1 / factor, "of": "macs"} | OURS[way]
         cut = smelt.compress(
             model, {"steps": [{"prune.channels": settings}]}, job(smelt.Data(train=known), seed=seed)
         ).model
     elif side == "sparse":
-        cut = smelt.compress(model, {"steps": [{"prune.weights": {"ratio": factor, "scope": "global"}}]}).model
-    else:
+        pieces = [TEACH, {"prune.weights": {"ratio": {"ramp": [0.5, factor]}, "scope": "global"}}]
+    elif side == "Torch-Pruning":
         cut = torch_pruning(name, path, way, base / factor, known)
     found: dict[str, Any] = {"before": accuracy(cut, data.test)}
     after = cut
     if images:
         source = smelt.Source.of(cut, "_cifar:build", {"blocks": _cifar.DEPTH[name]})
-        after = smelt.compress(source, {"steps": [{"train": TRAIN | {"with": [TEACH]}}]}, job(data, model, seed)).model
+        after = smelt.compress(source, {"steps": [{"train": TRAIN | {"with": pieces}}]}, job(data, model, seed)).model
     found |= {
         "after": accuracy(after, data.test),
         "macs": macs(after, known.inputs[:1]) / base,
