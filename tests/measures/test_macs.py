@@ -53,3 +53,21 @@ def test_products_of_vectors_and_bilinear_layers():
 
     assert macs(Products(), {"m": torch.randn(1, 3), "v": torch.randn(3)}) == 6
     assert macs(nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(2, 4))) == 60
+
+
+class Token(nn.Module):
+    """A view of a parameter is handed to a submodule, as class tokens are."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 7)
+
+    def forward(self, x):
+        return x + self.layer(self.token.expand(len(x), -1, -1))
+
+
+def test_views_of_parameters_and_what_asks_for_gradients_is_restored():
+    model = Token()
+    model.layer.bias.requires_grad_(False)
+    assert macs(model, torch.randn(1, 2, 7)) == 6 * 7
+    assert model.token.requires_grad and not model.layer.bias.requires_grad

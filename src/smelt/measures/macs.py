@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,10 +32,23 @@ def macs(model: nn.Module, inputs: Any) -> int:
     counter = FlopCounterMode(
         display=False, custom_mapping={aten.mv: _mv, aten.addmv: _addmv, aten.dot: _dot, aten._trilinear: _bilinear}
     )
-    with unfused(), evaluating(model), counter:
+    with unfused(), evaluating(model), _frozen(model), counter:
         forward(model, inputs)
     flops: int = counter.get_total_flops()
     return round(flops / 2 / max(1, samples(inputs)))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients: torch's counter hooks whatever does, and fails on views of parameters."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _mv(matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:

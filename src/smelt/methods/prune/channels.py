@@ -113,7 +113,7 @@ class _Run:
         found = self._groups()
         if not found or not self.act.ratio:
             return
-        by_name = {t.name: t for t in all_targets(self.now)}
+        by_name = {t.name: t for t in all_targets(self.now, transient=True)}
         scores = self._scores(found, by_name)
         found = [group for group in found if group in scores]
         if not found:
