@@ -31,7 +31,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/smelt/native/*.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-peers: $(VENV)/.peers benchmarks/.peers/nncodec/.ready benchmarks/.peers/llmcompressor/.ready
+PEERS := nncodec llmcompressor neuralcompressor hqq autoround gptqmodel
+
+peers: $(VENV)/.peers $(PEERS:%=benchmarks/.peers/%/.ready)
 
 $(VENV)/.peers: benchmarks/requirements.txt $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<

@@ -27,15 +27,17 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, shared: int):
         super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.dim = width // heads
+        self.q_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(width, shared * self.dim, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers)
-        mixed = functional.scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v, is_causal=True)
+        q, k, v = (layer(x).unflatten(2, (-1, self.dim)).transpose(1, 2) for layer in layers)
+        q, k = _turned(q, turn), _turned(k, turn)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -59,7 +61,8 @@ class Layer(nn.Module):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         width, eps = config["hidden_size"], config["rms_norm_eps"]
-        self.self_attn = Attention(width, config["num_attention_heads"])
+        heads = config["num_attention_heads"]
+        self.self_attn = Attention(width, heads, config.get("num_key_value_heads", heads))
         self.mlp = Gated(width, config["intermediate_size"])
         self.input_layernorm, self.post_attention_layernorm = Norm(width, eps), Norm(width, eps)
 
@@ -74,7 +77,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = Norm(config["hidden_size"], config["rms_norm_eps"])
-        self.dim, self.theta = config["head_dim"], config["rope_parameters"]["rope_theta"]
+        self.dim = config["hidden_size"] // config["num_attention_heads"]
+        self.theta = config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"]
 
     def forward(self, ids: Tensor) -> Tensor:
         x, turn = self.embed_tokens(ids), self.turn(ids)
@@ -93,6 +97,8 @@ class Llama(nn.Module):
         super().__init__()
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
+        if config.get("tie_word_embeddings"):
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(self.model(ids))
@@ -100,8 +106,16 @@ class Llama(nn.Module):
 
 def read(folder: Path) -> Llama:
     model = Llama(json.loads((folder / "config.json").read_text()))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    fill(model, folder / "model.safetensors")
     return model.eval()
+
+
+def fill(model: Llama, path: Path) -> None:
+    """Read tensors into a model; a tied output layer need not be there.  Raises ValueError for any other name."""
+    tensors = load_file(path)
+    missing, more = model.load_state_dict(tensors, strict=False)
+    if more or [n for n in missing if model.get_parameter(n) is not model.model.embed_tokens.weight]:
+        raise ValueError(f"{path} lacks {missing} and has {more} besides")
 
 
 def calibration(folder: Path, count: int, seed: int) -> Tensor:

@@ -10,9 +10,22 @@ from torch import nn
 
 import smelt
 from smelt.core import shelf
+from smelt.core.choice import WORDS
 from smelt.core.encoded import Form
 from smelt.core.errors import RecipeError, SmeltError
-from smelt.core.method import CARD_LINES, Codec, Method, Objective, Rewrite, Seen, State, Stats, Weight, make
+from smelt.core.method import (
+    CARD_LINES,
+    Codec,
+    Composite,
+    Method,
+    Objective,
+    Rewrite,
+    Seen,
+    State,
+    Stats,
+    Weight,
+    make,
+)
 from smelt.core.recipe import Recipe
 from smelt.core.statistic import Statistic, of_weights
 from smelt.core.store import check_fresh, pack, store_of
@@ -24,6 +37,7 @@ LOSSY = [n for n in CODECS if not shelf.load("methods", n, Method).lossless]
 LOSSLESS = [n for n in CODECS if n not in LOSSY]
 REWRITES = [n for n in METHODS if issubclass(shelf.load("methods", n, Method), Rewrite)]
 OBJECTIVES = [n for n in METHODS if issubclass(shelf.load("methods", n, Method), Objective)]
+COMPOSITES = [n for n in METHODS if issubclass(shelf.load("methods", n, Method), Composite)]
 SHAPES = [(12, 10), (8, 3, 3, 3), (6, 4, 5), (7,), (1, 1), (300, 40)]
 
 
@@ -69,14 +83,14 @@ def known_of(codec: Codec, target: Target) -> dict[str, Any]:
 
 
 def job_of(name: str) -> smelt.Job:
-    """With data for rewrites and for codecs that ask for statistics."""
+    """With data for rewrites, composites and codecs that ask for statistics."""
     method = make(name)
-    asks = isinstance(method, Rewrite) or (isinstance(method, Codec) and bool(method.needs_at("weight")))
+    asks = isinstance(method, (Rewrite, Composite)) or (isinstance(method, Codec) and bool(method.needs_at("weight")))
     return smelt.Job(data=smelt.Data(train=BATCHES), latency=False) if asks else smelt.Job()
 
 
 def test_every_method_has_one_kind() -> None:
-    assert sorted(LOSSY + LOSSLESS + REWRITES + OBJECTIVES) == METHODS
+    assert sorted(LOSSY + LOSSLESS + REWRITES + OBJECTIVES + COMPOSITES) == METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,6 +100,7 @@ def test_settings_have_defaults_documentation_and_checks(name: str) -> None:
     assert hash(method) == hash(make(name)) and method == make(name)
     for f in fields(method):
         assert f.default is not MISSING and f.metadata["doc"]
+        assert f.name not in ("on", "at", "with") and not (name in CODECS + COMPOSITES and f.name in WORDS)
     with pytest.raises(RecipeError, match="has no setting 'nonsense'"):
         make(name, {"nonsense": 1})
     for f in fields(method):
@@ -158,7 +173,7 @@ def test_lossless_codecs_decline_where_they_do_not_shrink(name: str) -> None:
     assert pack(torch.zeros(4096, dtype=torch.uint8), [make(name)]) is not noise
 
 
-@pytest.mark.parametrize("name", LOSSY + REWRITES)
+@pytest.mark.parametrize("name", LOSSY + REWRITES + COMPOSITES)
 def test_a_step_is_stored_saved_loaded_and_trained(name: str, tmp_path: Path) -> None:
     model = net()
     result = smelt.compress(model, [{name: {}}], job_of(name))

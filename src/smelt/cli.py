@@ -23,9 +23,10 @@ from smelt.core.job import Job
 from smelt.core.method import Method
 from smelt.core.named import function_at
 from smelt.core.output import check_output
-from smelt.core.recipe import Recipe, Train, to_yaml
+from smelt.core.recipe import Recipe, Train
 from smelt.core.source import Source
 from smelt.core.store import store_of
+from smelt.core.yaml_text import to_yaml
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
 from smelt.measure import conditions, measure
@@ -194,6 +195,11 @@ def _methods(args: argparse.Namespace) -> None:
     out.print(terminal.method_card(args.name, method["card"]))
     if method["settings"]:
         out.print(terminal.settings_table(method["settings"]))
+    if method["words"]:
+        out.print(
+            Text("words of the step, where a setting is chosen for each tensor: bits: {allocate: [2, 4, 8]}", "bold")
+        )
+        out.print(terminal.settings_table(method["words"]))
     out.print(Text("in a recipe", "bold"))
     out.print(Text("\n".join(f"  {line}" for line in method["example"].splitlines())))
 

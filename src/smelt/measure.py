@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smelt.core.data import Data, batch, check, check_data, evaluating, forward_or_raise, move, samples
+from smelt.core.data import Data, batch, check, check_data, move, samples
 from smelt.core.report import Row
 from smelt.core.store import store_of
 from smelt.measures.accuracy import evaluate, unit_of
@@ -57,8 +57,6 @@ def measure(
     row("non-zeros", nonzeros(model), "")
     inputs = examples(data, device)
     if inputs is not None:
-        with evaluating(model):
-            forward_or_raise(model, inputs, "on the first batch")
         row("MACs", macs(model, inputs), "per sample", dense)
         row("peak memory", memory(model, inputs), "bytes", dense)
         if latency:

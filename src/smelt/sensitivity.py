@@ -115,9 +115,9 @@ class _Sweep:
             total = len(self.chosen) * len(self.values)
             for i, target in enumerate(self.chosen):
                 for j, value in enumerate(self.values):
-                    step = Step(self._act(value), on=(glob.escape(target.name),))
+                    steps = Recipe.of([Step(self._act(value), on=(glob.escape(target.name),))])
                     try:
-                        measured, size = self._point(step, path)
+                        measured, size = self._point(steps, path)
                         found.points.append(Point(target.name, value, size, measured))
                     except RuleError as error:
                         found.notes.append(f"{target.name}, {self.setting} {value:g}: {error}")
@@ -133,9 +133,9 @@ class _Sweep:
         self.progress.end(f"{len(found.points)} files measured")
         return found
 
-    def _point(self, step: Step | None, path: Path) -> tuple[float, int]:
-        """(metric, bytes of the file) after a step on the model as it came, or of that model."""
-        kept = self._kept(step)
+    def _point(self, recipe: Recipe | None, path: Path) -> tuple[float, int]:
+        """(metric, bytes of the file) after a recipe on the model as it came, or of that model."""
+        kept = self._kept(recipe)
         if kept is not None and kept.exists():
             try:
                 known = json.loads(kept.read_text())
@@ -145,8 +145,8 @@ class _Sweep:
         run = self.run_of
         model = _copy(run.given)
         store_of(model).source = run.source
-        if step is not None:
-            run._act(step, f"1: {step.key}", model, path)
+        for index, step in enumerate(recipe or (), 1):
+            run._act(step, f"{index}: {step.title}", model, path)
         size = smelt_file.save(model, path, force=True)
         loaded = run._load(path, model)
         value = evaluate(loaded, self.batches, self.job.metric, self.job.device, self.split)
@@ -156,10 +156,10 @@ class _Sweep:
                 file.write(text)
         return value, size
 
-    def _kept(self, step: Step | None) -> Path | None:
+    def _kept(self, recipe: Recipe | None) -> Path | None:
         if self.key is None:
             return None
-        what = json.dumps([self.key, self.limit, self.split, None if step is None else step.to_plain()])
+        what = json.dumps([self.key, self.limit, self.split, None if recipe is None else recipe.to_plain()])
         return cache_folder(self.job.cache) / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.point"
 
 

@@ -1,11 +1,14 @@
 """docs/format.md says enough: a reader in plain Python, written from it alone."""
 
 import hashlib
+import itertools
 import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smelt.core.encoded import Encoded
-from smelt.core.method import make
+from smelt.core.method import Stats, make
 from smelt.core.source import Source
 from smelt.core.store import store, store_of
 from smelt.core.target import targets
@@ -32,13 +35,18 @@ DICTIONARY = BLOCKS[-1].replace("\n", "").encode()
 STRUCT = {"bool": "?", "f16": "e", "f32": "f", "f64": "d"} | {
     f"{sign}{8 * 2**i}": letter for sign, letters in (("u", "BHIQ"), ("i", "bhiq")) for i, letter in enumerate(letters)
 }
+EXPONENTS = {"f8e4m3fn": 4, "f8e5m2": 5}
+STRUCT |= dict.fromkeys(EXPONENTS, "B")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "affine": {"axis": None, "group": 0, "bits": 8, "symmetric": True},
+    "affine": {"axis": None, "group": 0, "bits": 8, "symmetric": True, "top": 1},
+    "scaled": {"axis": None, "group": 0, "top": 1},
+    "levels": {"kind": "normal", "bits": 4, "parameter": 0},
     "sparse": {"packed": False, "gap": 0, "columns": False},
     "bits": {"bits": 1, "offset": 0},
     "entropy": {"start": 0},
 }
 IN_LAYOUT = {"affine": ["codes"], "codebook": ["indices"], "sparse": ["mask", "values"]}
+IN_LAYOUT |= {"levels": ["codes"], "scaled": ["values"], "float": ["values"], "exponent": ["exponents"]}
 Leaf = list[Any]
 
 
@@ -65,9 +73,14 @@ def read(data: bytes) -> tuple[Any, dict[str, Leaf]]:
             at += -at % 64 if size >= 4096 and not (dtype == "u8" and len(shape) == 1) else 0
             raw, at = data[at : at + size], at + size
             assert i not in check or zlib.crc32(raw) == check[i]
-        leaves.append(list(struct.unpack(f"<{math.prod(shape)}{STRUCT[dtype]}", raw)))
+        leaves.append(elements(raw, dtype))
     assert at == (begin if version >= 32768 else len(data))
     return meta, {name: dense(tree, leaves) for name, tree in trees.items()}
+
+
+def elements(raw: bytes, dtype: str) -> list[Any]:
+    found = list(struct.unpack(f"<{len(raw) // struct.calcsize(STRUCT[dtype])}{STRUCT[dtype]}", raw))
+    return [levels("float", 8, EXPONENTS[dtype])[byte] for byte in found] if dtype in EXPONENTS else found
 
 
 def pairs(items: list[Any]) -> list[tuple[str, Any]]:
@@ -117,22 +130,69 @@ def dense(node: dict[str, Any], leaves: list[Leaf]) -> Leaf:
         return [parts["codebook"][i] for i in parts["indices"]]
     if node["form"] == "sparse":
         return [v if m else 0.0 for m, v in zip(parts["mask"], parts["values"], strict=True)]
-    if node["form"] == "affine":
+    if node["form"] == "float":
+        return list(parts["values"])
+    if node["form"] == "exponent":
+        return [2.0**e for e in parts["exponents"]]
+    if node["form"] == "levels":
+        table = levels(node["kind"], node["bits"], node["parameter"])
+        return [table[c] for c in parts["codes"]]
+    if node["form"] in ("affine", "scaled"):
         inner = math.prod(shape[(node["axis"] or 0) + 1 :])
         side = [0 if node["axis"] is None else i // inner % shape[node["axis"]] for i in range(count)]
         if node["group"]:
+            inner = count if node["axis"] is None else inner
             groups = -(-inner // node["group"])
             side = [i // inner * groups + i % inner // node["group"] for i in range(count)]
+        scale = [float32(s / node["top"]) for s in parts["scale"]]
+        if node["form"] == "scaled":
+            return [float32(v * scale[s]) for v, s in zip(parts["values"], side, strict=True)]
         zero = parts.get("zero", [0] * count)
-        return [float32((c - zero[s]) * parts["scale"][s]) for c, s in zip(parts["codes"], side, strict=True)]
+        return [float32(float32(c - zero[s]) * scale[s]) for c, s in zip(parts["codes"], side, strict=True)]
     if node["form"] == "bits":
         if node["bits"] == 8 * struct.calcsize(STRUCT[dtype]) and dtype != "bool":
-            return list(struct.unpack(f"<{count}{STRUCT[dtype]}", bytes(parts["packed"])))
+            return elements(bytes(parts["packed"]), dtype)
         bits, width = unpack_bits(parts["packed"]), node["bits"]
         return [node["offset"] + number(bits[i * width : (i + 1) * width]) for i in range(count)]
     assert node["form"] == "entropy"
     begin = node["start"]
     return entropy(bytes(parts["stream"]), dtype, begin + count)[begin : begin + count]
+
+
+def levels(kind: str, bits: int, parameter: Any) -> list[float]:
+    half = 1 << bits - 1
+    if kind == "normal":
+        o = float32(round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7))
+
+        def side(n: int) -> list[float]:
+            step = float32(float32(0.5 - o) / n)
+            points = [float32(o + float32(step * i)) for i in range(n)]
+            points[(n + 1) // 2 :] = [float32(0.5 - float32(step * (n - i))) for i in range((n + 1) // 2, n)]
+            return [float32(NormalDist().inv_cdf(p)) for p in points]
+
+        found = [*(-v for v in side(half - 1)), 0.0, *reversed(side(half))]
+        return [float32(v / found[-1]) for v in found]
+    most = half - 1
+    if kind == "float":
+        mantissa, bias = bits - 1 - parameter, 2 ** (parameter - 1) - 1
+        unit = 1 << mantissa
+        positive = [
+            m / unit * 2.0 ** (1 - bias) if m < unit else (1 + m % unit / unit) * 2.0 ** (m // unit - bias)
+            for m in range(half)
+        ]
+    elif kind == "log":
+        positive = [0.0, *(2.0 ** ((m - most) / parameter) for m in range(1, half))]
+    elif kind == "mu":
+        positive = [((1 + parameter) ** (m / most) - 1) / parameter for m in range(half)]
+    elif kind == "power":
+        positive = [(m / most) ** (1 / parameter) for m in range(half)]
+    else:
+        assert kind == "sums"
+        n, r = divmod(bits - 1, 2)
+        sets = [[0.0, 2.0**-i, 2.0 ** -(i + n), 2.0 ** -(i + 2 * n + r)] for i in range(n)] + [[0.0, 4.0**-n]] * r
+        totals = sorted(sum(one) for one in itertools.product(*sets))
+        positive = [v / totals[-1] for v in totals]
+    return [float32(v) for v in positive] + [-float32(v) for v in positive]
 
 
 def float32(x: float) -> float:
@@ -205,7 +265,7 @@ def entropy(data: bytes, dtype: str, count: int) -> Leaf:
         found += body(part, min(1 << chunk, count - len(found)), width)
         at = end
     raw = b"".join(x.to_bytes(width, "little") for x in found)
-    return list(struct.unpack(f"<{count}{STRUCT[dtype]}", raw))
+    return elements(raw, dtype)
 
 
 def body(data: bytes, m: int, w: int) -> list[int]:
@@ -410,8 +470,29 @@ def model() -> nn.Module:
     return made
 
 
+def narrow() -> nn.Module:
+    """Forms of narrow numbers and their scales, and every kind of level."""
+    torch.manual_seed(0)
+    numbers = [{"format": f} for f in ("fp16", "e4m3", "mxfp4", "mxfp6", "nf")] + [{"format": "nf", "bits": 3}]
+    numbers += [{"format": "mxfp8", "element": "e5m2"}, {"format": "nf", "scales": "double", "group": 4}]
+    codecs = [make("quantize.float", settings) for settings in numbers]
+    codecs += [make("quantize.fixed"), make("quantize.power"), make("quantize.power", {"curve": "mu"})]
+    codecs += [make("quantize.log", {"base": base, "bits": bits}) for base, bits in (("sqrt2", 4), ("apot", 5))]
+    codecs.append(make("quantize.log", {"base": "apot", "bits": 6}))
+    made = nn.Sequential(*[nn.Linear(40, 9, bias=False) for _ in codecs])
+    for i, (target, codec) in enumerate(zip(targets(made), codecs, strict=True)):
+        x, where = target.tensor.detach(), target.tensor > -0.1
+        tree = codec.encode(x, codec.fit(x, Stats(where)))
+        sparse = Encoded(Sparse(), {"mask": where, "values": tree}, x.shape, x.dtype)
+        store(made, target, sparse if i % 2 else tree, "1: test")
+    return made
+
+
+@pytest.mark.parametrize("model", [model, narrow])
 @pytest.mark.parametrize("tail", [(), ("code.bits",), ("code.huffman",), ("code.bits", "code.entropy")])
-def test_a_reader_written_from_the_document(tmp_path: Path, tail: tuple[str, ...]) -> None:
+def test_a_reader_written_from_the_document(
+    tmp_path: Path, tail: tuple[str, ...], model: Callable[[], nn.Module]
+) -> None:
     made = model()
     save(made, tmp_path / "x", tail=[make(name) for name in tail])
     _, tensors = read((tmp_path / "x").read_bytes())

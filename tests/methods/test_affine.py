@@ -9,9 +9,11 @@ from torch import nn
 import smelt
 from smelt.core.encoded import Encoded
 from smelt.core.errors import RecipeError, RuleError
-from smelt.core.method import State, Stats, make
+from smelt.core.method import Inside, State, Stats, make
+from smelt.core.statistic import gather
 from smelt.core.target import targets
 from smelt.forms.sparse import Sparse
+from smelt.grids.calibrated import RANGES
 from smelt.methods.quantize.affine import Affine
 
 SHAPES = [(12, 10), (8, 3, 3, 3), (6, 4, 5), (7,), (1, 1)]
@@ -198,6 +200,98 @@ def test_static_activations() -> None:
     assert learned.scale.grad is not None
 
 
+def test_what_is_never_negative_has_levels_from_0_up() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6)), randn(200, 6).relu()
+    for kind in RANGES:
+        codec = Affine(dynamic=False, bits=4, range=kind)
+        (name,) = codec.needs_at("input")
+        found = gather(model, {"0": [("input", name)]}, [x[:100], x[100:]])["0"]["input", name]
+        state = codec.fit(torch.zeros(0), Stats(gathered={name: found}))
+        assert int(state.zero) == 0 and state.zero.dtype == torch.int32, kind
+        assert float(state.scale) <= float(x.max()) / 15 * (1.001 if kind != "lsq" else 2), kind
+        assert float((codec.simulate(x, state) - x).square().mean()) < 0.02, kind
+
+
+def test_features_have_their_own_range() -> None:
+    layers = {"conv": (nn.Conv2d(3, 2, 1), randn(8, 3, 4, 4)), "linear": (nn.Linear(3, 2), randn(8, 5, 3))}
+    for kind, (layer, x) in layers.items():
+        x = x * torch.tensor([1.0, 10, 100]).reshape([3, 1, 1] if kind == "conv" else [3])
+        codec = Affine(dynamic=False, per="channel", symmetric=True)
+        (name,) = codec.needs_at("input")
+        found = gather(nn.Sequential(layer), {"0": [("input", name)]}, [x[:4], x[4:]])["0"]["input", name]
+        state = codec.fit(torch.zeros(0), Stats(gathered={name: found}))
+        dim = 1 if kind == "conv" else 2
+        scale = x.transpose(0, dim).flatten(1).abs().amax(1) / 127
+        theirs = torch.fake_quantize_per_channel_affine(x, scale, torch.zeros(3, dtype=torch.int32), dim, -127, 127)
+        torch.testing.assert_close(codec.simulate(x, state), theirs)
+        torch.testing.assert_close(codec.encode(x, state).decode(), theirs)
+        learns = Affine(learn=True, per="channel", range="mse", bits=4)
+        (name,) = learns.needs_at("input")
+        found = gather(nn.Sequential(layer), {"0": [("input", name)]}, [x])["0"]["input", name]
+        state = learns.fit(torch.zeros(0), Stats(gathered={name: found}))
+        out = learns.simulate(x, state)
+        torch.testing.assert_close(out, learns.encode(x, state).decode())
+        out.sum().backward()
+        assert state.scale.grad is not None and state.scale.grad.flatten().shape == (3,)
+
+
+def test_learned_zero_has_the_gradient_of_the_paper() -> None:
+    x = randn(4, 60).requires_grad_()
+    codec = Affine(bits=3, learn=True, zero="learned", symmetric=False, per="tensor", range="percentile", percentile=80)
+    state = codec.fit(x.detach(), Stats())
+    assert [name for name, _ in state.named_parameters()] == ["scale", "offset"]
+    slope = randn(4, 60, seed=1)
+    out = codec.simulate(x, state)
+    torch.testing.assert_close(out, codec.encode(x.detach(), state).decode())
+    (out * slope).sum().backward()
+    s, beta = state.scale.detach().double(), state.offset.detach().double()
+    v = (x.detach().double() - beta) / s
+    inside = (v > 0) & (v < 7)
+    # Bhalgat et al. 2020, eq. 4 and 5: by s, round(v) - v inside, the bound outside; by beta, 0 inside, 1 outside
+    by_s = torch.where(inside, v.round() - v, v.clamp(0, 7))
+    gain = 1 / math.sqrt(240 * 7)
+    torch.testing.assert_close(state.scale.grad.double(), (by_s * slope).sum() * gain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        state.offset.grad.double(), (slope * ~inside).sum().double() * gain, rtol=1e-4, atol=1e-5
+    )
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, slope * inside)
+
+
+def test_the_start_of_the_paper() -> None:
+    x = randn(3, 50)
+    state = Affine(bits=3, range="lsq", learn=True).fit(x, Stats())
+    torch.testing.assert_close(state.scale.detach(), 2 * x.abs().mean(1) / math.sqrt(3))
+    seen = randn(40, 50).relu()
+    found = gather(nn.Sequential(nn.Linear(50, 2)), {"0": [("input", "histogram")]}, [seen])["0"]["input", "histogram"]
+    state = Affine(bits=4, range="lsq", learn=True).fit(torch.zeros(0), Stats(gathered={"histogram": found}))
+    assert state.scale.item() == pytest.approx(2 * float(seen.mean()) / math.sqrt(15), rel=1e-3) and state.zero == 0
+
+
+def test_standardized_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 8)), randn(16, 20)
+    with torch.no_grad():
+        model[0].weight.add_(0.3)
+    first = model[0].weight.detach().clone()
+    piece = {"quantize.affine": {"bits": 3, "standardize": True, "learn": True, "on": "0"}}
+    with smelt.training(model, [piece], steps=3) as t:
+        optimizer = torch.optim.SGD(t.parameters(), 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+            t.step()
+        latent = dict(t.named_parameters())["0.weight/"].detach().double()
+        scale = dict(t.named_parameters())["0.weight/link0.scale"].detach().double()[:, None]
+        inside = model(x).detach()
+    # Li et al. 2020, eq. 10, times the first standard deviation
+    normal = (latent - latent.mean()) / (latent.std(unbiased=False) + 1e-5) * first.double().std(unbiased=False)
+    expected = (normal / scale).round().clamp(-3, 3) * scale
+    torch.testing.assert_close(model[0].weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(latent, first.double())
+    torch.testing.assert_close(model(x), inside)
+
+
 def test_refusals() -> None:
     for settings, words in (
         ({"bits": 17}, "outside 1..16"),
@@ -210,12 +304,24 @@ def test_refusals() -> None:
         Affine(per="token").fit(randn(3, 4), Stats())
     with pytest.raises(RecipeError, match="per 'group' is for weights"):
         Affine(per="group").needs_at("input")
-    with pytest.raises(RecipeError, match="per 'channel' is for weights"):
+    with pytest.raises(RecipeError, match="range 'average' is for activations"):
+        Affine(range="average").fit(randn(3, 4), Stats())
+    for settings, words in (
+        ({"per": "channel"}, "per 'channel' is found from calibration data"),
+        ({"range": "average"}, "range 'average' is found from calibration data"),
+        ({"per": "token", "dynamic": False}, "known at run time only"),
+        ({"standardize": True}, "standardize is for weights"),
+        ({"zero": "learned"}, "goes with learn: true"),
+        ({"zero": "learned", "learn": True, "symmetric": True}, "and asymmetric levels"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            make("quantize.affine", settings).needs_at("input")
+    with pytest.raises(RecipeError, match="dynamic activations take tensor or token"):
         Affine(per="channel").simulate(randn(3, 4), State())
-    with pytest.raises(RecipeError, match="known at run time only"):
-        Affine(per="token", dynamic=False).needs_at("input")
-    with pytest.raises(RecipeError, match="range: mse at output"):
-        Affine(range="mse", dynamic=False).needs_at("output")
+    with pytest.raises(RuleError, match="acts inside train"):
+        Affine(standardize=True).fit(randn(3, 4), Stats())
+    with pytest.raises(RuleError, match="zeros of a pruned tensor"):
+        Affine(standardize=True).fit(randn(3, 4), Stats(randn(3, 4) > 0, inside=Inside()))
     with pytest.raises(RuleError, match="no range was gathered"):
         Affine(dynamic=False).fit(torch.zeros(0), Stats())
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

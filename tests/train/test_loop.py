@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import smelt
 from smelt.core.data import Batches, Data
 from smelt.core.errors import DataError, ModelError
 from smelt.core.progress import Progress
 from smelt.core.recipe import Recipe, Step, Train
+from smelt.core.store import store_of
 from smelt.measures.accuracy import evaluate
 from smelt.train.loop import Loop, fit, rate
 from tests.conftest import mlp
@@ -158,3 +160,72 @@ def test_denormals_are_only_flushed_inside(data: Data) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(mlp(), step(), Loop(data), StopAfter(1))
     assert float(torch.tensor(1e-40) * 1) != 0
+
+
+def test_a_rewrite_inside_applies_at_the_start_and_trains_with_the_codecs_beside_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    x = torch.randn(64, 8)
+    pieces = [
+        {"lowrank.svd": {"rank": 4, "on": "2"}},
+        {"quantize.affine": {"bits": 4, "learn": True, "range": "lsq", "on": ["0", "2.*"]}},
+        {"quantize.affine": {"bits": 4, "learn": True, "zero": "learned", "range": "mse", "at": "input", "on": "2.*"}},
+    ]
+    steps = [
+        {"train": {"epochs": 2, "keep": "last", "hold_out": 0, "with": [*pieces, {"distill.logits": {"alpha": 0}}]}}
+    ]
+    seen = []
+
+    class Watch(Progress):
+        def advance(self, done: int, total: int, text: str = "") -> None:
+            seen.append(done)
+
+    job = smelt.Job(data=Data(train=Batches(x, None, 16)), latency=False, cache=tmp_path)
+    found = smelt.compress(model, steps, job, progress=Watch())
+    assert max(seen) == 8 and type(found.model[2]).__name__ != "Linear"
+    stored = store_of(found.model)
+    assert {"0.weight", "2.0.weight", "2.1.weight"} == set(stored.entries)
+    assert [one.path for one in stored.activations] == ["2.0", "2.1"]
+    assert all({"scale", "offset"} == {n for n, _ in one.state.named_parameters()} for one in stored.activations)
+    found.save(tmp_path / "a.smelt")
+    blank = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    loaded = smelt.load(tmp_path / "a.smelt", into=blank)
+    assert torch.equal(loaded(x), found.model(x))
+
+
+def test_the_last_simulated_outputs_are_those_of_the_stored_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(32, 1, 6, 6)
+    pieces = [
+        {"quantize.affine": {"bits": 3, "learn": True, "standardize": True, "on": "0"}},
+        {"quantize.affine": {"bits": 3, "range": "mse", "learn": True, "on": "4"}},
+        {"quantize.affine": {"bits": 3, "range": "kl", "at": "input", "learn": True, "on": "4"}},
+    ]
+    with smelt.training(model, pieces, steps=4, calibration=[(x, None)]) as t:
+        names = {name for name, p in t.named_parameters() if "scale" in name}
+        assert names == {"0.weight/link0.scale", "4.weight/link0.scale", "4/input.scale"}
+        optimizer = torch.optim.SGD(t.parameters(), 0.1)
+        before = {name: p.detach().clone() for name, p in t.named_parameters()}
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            t.step()
+        assert all(not torch.equal(before[name], p) for name, p in t.named_parameters() if "scale" in name)
+        inside = model.eval()(x).detach()
+    torch.testing.assert_close(model(x), inside, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_are_calibrated_on_the_weights_that_act() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2)), torch.randn(50, 4)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.diag(torch.tensor([0.9, 0.2, 0.2, 0.2])))
+    coarse = {"quantize.affine": {"bits": 2, "per": "tensor", "on": "0"}}  # 0.2 becomes 0
+    fixed = {"quantize.affine": {"at": "input", "dynamic": False, "symmetric": True, "on": "1"}}
+    before = model[0].weight.detach().clone()
+    x[:, 0] = 0.01 * x[:, 0]
+    with smelt.training(model, [coarse, fixed], calibration=[(x, None)]) as t:
+        (one,) = store_of(model).activations
+        assert float(one.state.scale) == pytest.approx(float(0.9 * x[:, 0].abs().max()) / 127)
+        assert torch.equal(dict(t.named_parameters())["0.weight/"], before)

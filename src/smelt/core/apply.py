@@ -61,7 +61,7 @@ def all_kinds(step: Step) -> bool:
 
 
 def apply_step(model: nn.Module, step: Step, label: str, known: Known, tail: Sequence[Lossless]) -> list[str]:
-    """Run one step that is not `train`; returns notes for the report."""
+    """Run one step that is not `train` and has no choice (`apply_choice`); returns notes for the report."""
     act = step.act
     if isinstance(act, Rewrite):
         return apply_rewrite(model, step, label, known)
@@ -73,30 +73,44 @@ def apply_step(model: nn.Module, step: Step, label: str, known: Known, tail: Seq
     assert isinstance(act, Codec)
     if step.at != "weight":
         return apply_activations(model, step, label, known)
-    return _apply_codec(model, step, label, known, tail)
-
-
-@torch.no_grad()
-def _apply_codec(model: nn.Module, step: Step, label: str, known: Known, tail: Sequence[Lossless]) -> list[str]:
-    codec = step.act
-    assert isinstance(codec, Codec)
     members, notes = chosen(model, step, label)
-    seen = {}
-    for target in members:
-        _, _, x, where = eat(codec, target, model, label)
-        seen[target.name] = Values(x, where)
-    parts = _parts(model, codec, members, known, label)
-    first = next(parts)
-    plan = codec.plan(seen, first[1], lambda e: rest_bytes(pack(e, tail)))
-    for part, gathered in chain([first] if codec.order() is None else [], parts):
-        for target in part:
-            stats = Stats(seen[target.name].where, gathered[target.name], seed_of(known.seed, target.name))
-            own = plan[target.name]
-            encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
+    apply_codec(model, members, act, label, known, tail)
     return notes
 
 
-def _parts(
+@torch.no_grad()
+def apply_codec(
+    model: nn.Module,
+    members: list[Target],
+    codec: Codec,
+    label: str,
+    known: Known,
+    tail: Sequence[Lossless],
+    plan: Mapping[str, Codec] | None = None,
+) -> None:
+    """Store the members by what `codec` plans for each, or by `plan`."""
+    seen = eaten(model, members, codec, label)
+    parts = parts_of(model, codec, members, known, label)
+    first = next(parts)
+    plan = codec.plan(seen, first[1], lambda e: rest_bytes(pack(e, tail))) if plan is None else plan
+    for part, gathered in chain([first] if codec.order() is None else [], parts):
+        for target in part:
+            found = {**first[1][target.name], **gathered[target.name]}
+            stats = Stats(seen[target.name].where, found, seed_of(known.seed, target.name))
+            own = plan[target.name]
+            encode_chain(model, target, own, own.fit(seen[target.name].x, stats), label)
+
+
+def eaten(model: nn.Module, members: Sequence[Target], codec: Codec, label: str) -> dict[str, Values]:
+    """What the codec would eat of each member.  Raises RuleError, as `eat`."""
+    found = {}
+    for target in members:
+        _, _, x, where = eat(codec, target, model, label)
+        found[target.name] = Values(x, where)
+    return found
+
+
+def parts_of(
     model: nn.Module, codec: Codec, members: list[Target], known: Known, label: str
 ) -> Iterator[tuple[list[Target], dict[str, dict[str, Any]]]]:
     """(members, what is known of them): first all with what `plan` reads, then, for a codec that goes in order, part
@@ -106,7 +120,7 @@ def _parts(
         yield members, weight_statistics(model, codec.needs_at("weight"), members, known, label)
         return
     yield members, weight_statistics(model, codec.needs_at("plan"), members, known, label)
-    batches = _batches(known, label)
+    batches = batches_of(known, label)
     for part, gather_now in walk(model, members, batches, CALIBRATION_BATCHES, order):
         yield part, gather_now(codec.needs_at("weight"))
 
@@ -126,14 +140,14 @@ def weight_statistics(
     """
     if not names:
         return {target.name: {} for target in members}
-    batches = _batches(known, label)
+    batches = batches_of(known, label)
     try:
         return of_weights(model, members, names, batches, known.loss, CALIBRATION_BATCHES, known.seed)
     except DataError as error:
         raise DataError(f"{label}: {error}") from None
 
 
-def _batches(known: Known, label: str) -> Iterable[Any]:
+def batches_of(known: Known, label: str) -> Iterable[Any]:
     if known.batches is None:
         raise DataError(f"{label} needs data to gather statistics from; give the job data")
     return known.batches
@@ -141,9 +155,14 @@ def _batches(known: Known, label: str) -> Iterable[Any]:
 
 def encode_chain(model: nn.Module, target: Target, codec: Codec, state: State, label: str) -> None:
     """Store a target by a fitted codec, on top of what it is stored as already."""
+    store(model, target, encoded_chain(model, target, codec, state, label), label)
+
+
+def encoded_chain(model: nn.Module, target: Target, codec: Codec, state: State, label: str) -> Encoded:
+    """What that stores it as."""
     tree, path, x, _ = eat(codec, target, model, label)
     new: Encoded = codec.encode(x, state)
-    store(model, target, tree.map(lambda p, leaf: new if p == path else leaf) if tree else new, label)
+    return tree.map(lambda p, leaf: new if p == path else leaf) if tree else new
 
 
 def apply_rewrite(model: nn.Module, step: Step, label: str, known: Known) -> list[str]:
@@ -189,4 +208,4 @@ def _gathered(
 ) -> dict[str, dict[tuple[str, str], Any]]:
     if not any(wanted.values()):
         return {}
-    return gather(model, wanted, _batches(known, label), CALIBRATION_BATCHES, known.loss, known.seed)
+    return gather(model, wanted, batches_of(known, label), CALIBRATION_BATCHES, known.loss, known.seed)

@@ -3,6 +3,7 @@
 Codec      stores a tensor in another form
 Rewrite    changes the model's structure, as a list of edits
 Objective  adds a term to the training loss
+Composite  stands for several steps of these kinds
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Known:
     prices: 'parameters', 'macs', 'bytes' (of the file), 'milliseconds' -> a function that takes a model and measures
         it; empty where nobody measures (inside `train`).
     gathered: module path -> (place, statistic) -> what was found, for those in a rewrite's `needs`.
+    original: gives the model as it was before anything of it was stored, a copy of the caller's own.
     """
 
     batches: Iterable[Any] | None = None
@@ -114,6 +116,7 @@ class Known:
     prices: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
     gathered: Mapping[str, Mapping[tuple[str, str], Any]] = field(default_factory=dict)
     seed: int = 0
+    original: Callable[[], nn.Module] | None = None
 
     def example(self, model: nn.Module, why: str) -> Any:
         """Inputs of the first batch, on the model's device.  Raises DataError: there are no batches; `why` they are
@@ -125,7 +128,7 @@ class Known:
 
 
 class Method:
-    """Base of the three acts: a frozen dataclass whose fields are the settings, each with a default.
+    """Base of the acts: a frozen dataclass whose fields are the settings, each with a default.
 
     The class docstring ends with the fixed lines of `CARD_LINES` ("applies to: ...", one line each).
     """
@@ -177,11 +180,14 @@ class Codec(Method, ABC):
     `lossless`: codes leaves without loss, at rest in the file only (see `pack`).
     `settles`: inside `train`, the state is frozen for the last part of the loop (a mask must stop
         moving); otherwise it is fitted anew every epoch until the end.
+    `renews`: inside `train`, a state that learns is fitted anew, too; `fit` then changes `stats.inside.before` and
+        returns it, so that its parameters stay the same ones.
     `places`: which of 'weight', 'input', 'output' the codec serves.
     """
 
     lossless: ClassVar[bool] = False
     settles: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
     places: ClassVar[tuple[str, ...]] = ("weight",)
 
     def refuses(self, target: Target) -> str | None:
@@ -193,7 +199,8 @@ class Codec(Method, ABC):
 
         For 'weight' statistics of values are gathered at the input of its module, those of gradients at the weight.
         Two more places:
-        'plan': what `plan` reads from `scout` of a codec that goes in order (others have there what `fit` reads).
+        'plan': what `plan` reads from `scout` of a codec that goes in order (others have there what `fit` reads), and
+            `fit` too, of the model before this step, unless it asks for the same again.
         'training': what `fit` reads from `stats.inside.seen`, both of the shape of what the codec eats: 'movement',
             the sum over backward passes of -x dL/dy, and 'slope', the last dL/dy, where y is what the codec gives
             for x, so that the gradient counts for masked entries too.
@@ -332,6 +339,17 @@ class Objective(Method, ABC):
     @abstractmethod
     def loss(self, seen: Seen) -> Tensor:
         """The term, a scalar."""
+
+
+class Composite(Method, ABC):
+    """Stands for several steps: the recipe holds these in its place, so that each has its row in the report."""
+
+    @abstractmethod
+    def steps(self) -> list[Any]:
+        """The steps, as in a recipe: methods, `Step`s, or plain data such as {"quantize.affine": {"bits": 4}}.
+
+        The composite's own `on` and `at` hold for each of them that does not say otherwise.
+        """
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None, where: str = "") -> Any:

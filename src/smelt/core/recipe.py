@@ -9,56 +9,28 @@
       - share.kmeans: {clusters: 16, on: "fc*"}
       - code.entropy: {}
 
-Key = name on the shelf `methods/`; mapping = its settings; `on` (a selector) and `at` belong to the step.
+Key = name on the shelf `methods/`; mapping = its settings; `on` (a selector) and `at` belong to the step,
+and so do the words of choice.py.  A `Composite` is replaced by the steps that it stands for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smelt.core import shelf
+from smelt.core.choice import Choice, merged, taken
 from smelt.core.errors import RecipeError, RuleError, nearest
-from smelt.core.method import Codec, Method, Objective, make
-from smelt.core.named import first_line
+from smelt.core.method import Codec, Composite, Method, Objective, make
 from smelt.core.settings import Ramp, build, check, ramps, setting
+from smelt.core.yaml_text import parse, read, short, to_yaml
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant", "linear")
-DEEPEST = 50  # levels of a YAML file; a recipe has about ten
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2: `on`, 2:4 and a date are words, 1e-4 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|0[xb][0-9a-fA-F_]+|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -92,17 +64,28 @@ class Train:
 
 @dataclass(frozen=True)
 class Step:
-    """One act: a method or a `train`, where it acts, and (train) the steps that act inside it."""
+    """One act: a method or a `train`, where it acts, and (train) the steps that act inside it.
+
+    origin: name of the composite that it comes from, or ''.
+    choice: of a setting of its codec, for each tensor; `act` has the first value.
+    """
 
     act: Method | Train
     on: tuple[str, ...] = ()
     at: str = "weight"
     pieces: tuple[Step, ...] = ()
     place: str = ""
+    origin: str = ""
+    choice: Choice | None = None
 
     @property
     def key(self) -> str:
         return self.act.name if isinstance(self.act, Method) else "train"
+
+    @property
+    def title(self) -> str:
+        """The key, and where it comes from: 'quantize.affine (quantize.awq)'."""
+        return f"{self.key} ({self.origin})" if self.origin else self.key
 
     def to_plain(self) -> Any:
         settings: dict[str, Any] = {}
@@ -110,6 +93,9 @@ class Step:
             value = getattr(self.act, f.name)
             if f.default is MISSING or value != f.default:
                 settings[f.name] = _plain(value)
+        if self.choice is not None:
+            settings[self.choice.name] = {"allocate": list(self.choice.values)}
+            settings |= self.choice.words()
         if self.on:
             settings["on"] = self.on[0] if len(self.on) == 1 else list(self.on)
         if self.at != "weight":
@@ -155,29 +141,10 @@ class Recipe:
         if isinstance(what, (str, Path)):
             text, name = str(what), "recipe"
             if "\n" not in text:
-                text, name = _read(text)
-            data, lines = _parse(text, name)
+                text, name = read(text)
+            data, lines = parse(text, name)
             return Recipe(_steps(data, _Where(name, lines)), name.removesuffix(".yaml"))
         return Recipe(_steps({"steps": what} if not isinstance(what, Mapping) else what, _Where("recipe", {})))
-
-
-def to_yaml(plain: Any) -> str:
-    """Plain data of a recipe, or of one step, as the YAML that `Recipe.of` reads."""
-    return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None))
-
-
-def _read(path: str) -> tuple[str, str]:
-    """(text, name) of a recipe file."""
-    try:
-        if not Path(path).is_file():
-            raise FileNotFoundError
-        return Path(path).read_text(encoding="utf-8"), Path(path).name
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not text; a recipe is a YAML file") from None
-    except PermissionError:
-        raise RecipeError(f"the recipe file {path!r} cannot be read: permission denied") from None
-    except (OSError, ValueError):  # a name that no file can have, too
-        raise RecipeError(f"no recipe file {_short(path)}; give a path to a .yaml file, or YAML text") from None
 
 
 @dataclass(frozen=True)
@@ -201,59 +168,111 @@ class _Where:
 
 def _steps(data: Any, where: _Where) -> tuple[Step, ...]:
     if not isinstance(data, Mapping) or "steps" not in data:
-        raise RecipeError(f"{where}: a recipe is a mapping with the key 'steps', not {_short(data)}")
+        raise RecipeError(f"{where}: a recipe is a mapping with the key 'steps', not {short(data)}")
     for key in data:
         if key != "steps":
             raise RecipeError(f"{where / key}: unknown key {key!r}{nearest(str(key), ['steps'])}")
     steps = data["steps"]
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
-        raise RecipeError(f"{where / 'steps'}: 'steps' is a list of one step or more, not {_short(steps)}")
-    return tuple(_step(item, where / "steps" / i, inside=False) for i, item in enumerate(steps))
+        raise RecipeError(f"{where / 'steps'}: 'steps' is a list of one step or more, not {short(steps)}")
+    return _all(steps, where / "steps", _Around())
 
 
-def _step(item: Any, where: _Where, *, inside: bool) -> Step:
-    if isinstance(item, Step):
-        return item
+@dataclass(frozen=True)
+class _Around:
+    """What stands around a step: a `train`, or a composite with its `on` and `at`."""
+
+    inside: bool = False
+    on: tuple[str, ...] = ()
+    at: str = "weight"
+    origin: str = ""
+
+
+def _all(items: Sequence[Any], where: _Where, around: _Around) -> tuple[Step, ...]:
+    return tuple(step for i, item in enumerate(items) for step in _step(item, where / i, around))
+
+
+def _step(item: Any, where: _Where, around: _Around) -> tuple[Step, ...]:
+    """The step that an item says; several, where it is a composite."""
     if isinstance(item, (Method, Train)):
-        return _check_place(Step(item, place=str(where)), where, inside)
+        item = Step(item)
+    if isinstance(item, Step):
+        pieces = _all(item.pieces, where, replace(around, inside=True))
+        at = around.at if item.at == "weight" else item.at
+        return _placed(replace(item, on=item.on or around.on, at=at, pieces=pieces), where, around)
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
         raise RecipeError(
-            f"{where}: a step is one key with its settings, such as share.kmeans: {{clusters: 16}}, not {_short(item)}"
+            f"{where}: a step is one key with its settings, such as share.kmeans: {{clusters: 16}}, not {short(item)}"
         )
     key, settings = next(iter(item.items()))
     here = where / key
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):
-        raise RecipeError(f"{here}: the settings of {key} are a mapping, not {_short(settings)}")
+        raise RecipeError(f"{here}: the settings of {key} are a mapping, not {short(settings)}")
     given = dict(settings)
     if key == "train":
-        if inside:
-            raise RecipeError(f"{here}: a train step cannot stand inside another")
-        pieces = given.pop("with", None) or []
-        if not isinstance(pieces, Sequence) or isinstance(pieces, str):
-            raise RecipeError(f"{here / 'with'}: 'with' is a list of methods, not {_short(pieces)}")
-        inner = tuple(_step(p, here / "with" / i, inside=True) for i, p in enumerate(pieces))
-        return Step(_located(lambda: build(Train, given, "train"), here, given), pieces=inner, place=str(here))
+        inner = given.pop("with", None) or []
+        if not isinstance(inner, Sequence) or isinstance(inner, str):
+            raise RecipeError(f"{here / 'with'}: 'with' is a list of methods, not {short(inner)}")
+        pieces = _all(inner, here / "with", replace(around, inside=True))
+        return _placed(Step(_located(lambda: build(Train, given, "train"), here, given), pieces=pieces), here, around)
     if key in ("recover",):
         raise RecipeError(f"{here}: {key!r} is a reserved word; write train with distill.logits to recover accuracy")
-    on, at = _selector(given.pop("on"), here / "on") if "on" in given else (), given.pop("at", "weight")
+    on = _selector(given.pop("on"), here / "on") if "on" in given else around.on
+    at = given.pop("at", around.at)
     if str(key) not in (known := shelf.names("methods")):
         raise RecipeError(f"{here}: no method {str(key)!r}{nearest(str(key), [*known, 'train'])}")
-    act = _located(lambda: make(str(key), given), here, given)
-    return _check_place(Step(act, on, at, place=str(here)), here, inside)
+    cls, choice = shelf.load("methods", str(key), Method), None
+    if issubclass(cls, (Codec, Composite)):
+        given, choice = taken(given, str(key), here)
+    values = [given] if choice is None else [{**given, choice.name: value} for value in choice.values]
+    acts = [_located(lambda v=v: make(str(key), v), here, given) for v in values]
+    return _placed(Step(acts[0], on, at, choice=choice), here, around)
+
+
+def _placed(step: Step, where: _Where, around: _Around) -> tuple[Step, ...]:
+    """The step as the recipe holds it, checked; of a composite, the steps that it stands for."""
+    act = step.act
+    if isinstance(act, Composite):
+        within = _Around(around.inside, step.on, step.at, around.origin or step.key)
+        if (choice := step.choice) is None:
+            return _expanded(act, where, within)
+        acts: list[Any] = [replace(act, **{choice.name: v}) for v in choice.values]  # type: ignore[type-var]
+        variants = [_expanded(a, where, within) for a in acts]
+        steps = merged(variants, choice, step.key, where)
+        for one in steps:
+            _check_place(one, where, around.inside)
+        return steps
+    if isinstance(act, Train) and around.inside:
+        raise RecipeError(f"{where}: a train step cannot stand inside another")
+    if isinstance(act, Train) or (isinstance(act, Objective) and not act.needs_weights and around.on):
+        step = replace(step, on=())  # who inherits a selector need not look at weights
+    step = replace(step, place=step.place or str(where), origin=step.origin or around.origin)
+    if isinstance(act, Method) or step.choice is not None:
+        _check_place(step, where, around.inside)
+    return (step,)
+
+
+def _expanded(act: Composite, where: _Where, around: _Around) -> tuple[Step, ...]:
+    inner = _located(act.steps, where, {})
+    if not inner:
+        raise RecipeError(f"{where}: {act.name} stands for no step")
+    return _all(inner, where, around)
 
 
 def _selector(on: Any, where: _Where) -> tuple[str, ...]:
     patterns = [on] if isinstance(on, str) else on
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise RecipeError(f"{where}: 'on' is a pattern or a list of patterns, not {_short(on)}")
+        raise RecipeError(f"{where}: 'on' is a pattern or a list of patterns, not {short(on)}")
     return tuple(patterns)
 
 
-def _check_place(step: Step, where: _Where, inside: bool) -> Step:
+def _check_place(step: Step, where: _Where, inside: bool) -> None:
     act = step.act
+    if step.choice is not None:
+        step.choice.check(act, step.at, inside, where)
     if isinstance(act, Objective) and not inside:
         raise RuleError(f"{where}: {step.key} adds to a training loss; put it under train: with:")
     if isinstance(act, Codec) and act.lossless and inside:
@@ -269,7 +288,6 @@ def _check_place(step: Step, where: _Where, inside: bool) -> Step:
     places = act.places if isinstance(act, Codec) else ("weight",)
     if step.at not in places:
         raise RecipeError(f"{where}: {step.key} does not act at {step.at!r}{nearest(str(step.at), places)}")
-    return step
 
 
 def _located(make_it: Any, where: _Where, given: Mapping[str, Any]) -> Any:
@@ -282,40 +300,6 @@ def _located(make_it: Any, where: _Where, given: Mapping[str, Any]) -> Any:
         raise type(error)(f"{where / key if key else where}: {text}") from None
 
 
-def _parse(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
-    """Plain data and the line of every key."""
-    lines: dict[tuple[Any, ...], int] = {}
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{at}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, RecursionError) as error:  # a scalar that is not what its tag says; brackets in brackets
-        raise RecipeError(f"{name}: not valid YAML: {first_line(error)}") from None
-
-    def walk(node: yaml.Node | None, path: tuple[Any, ...]) -> None:
-        if node is not None:
-            lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > DEEPEST:
-            raise RecipeError(f"{name}, line {lines[path]}: more than {DEEPEST} levels, or an alias within itself")
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if key.value in seen:
-                    raise RecipeError(f"{name}, line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
-                seen.add(key.value)
-                lines[(*path, key.value)] = key.start_mark.line + 1
-                walk(value, (*path, key.value))
-        elif isinstance(node, yaml.SequenceNode):
-            for i, value in enumerate(node.value):
-                walk(value, (*path, i))
-
-    walk(root, ())
-    return data, lines
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Ramp):
         default = Ramp(value.start, value.end)
@@ -323,8 +307,3 @@ def _plain(value: Any) -> Any:
             return {"ramp": [value.start, value.end]}
         return {"ramp": {f.name: getattr(value, f.name) for f in fields(Ramp)}}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

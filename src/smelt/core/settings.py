@@ -121,9 +121,12 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
             if special == "ramp":
                 value = Ramp.parse(value["ramp"], f"{where}.{key}")
             else:
-                raise RecipeError(
-                    f"{where}.{key}: {special!r} needs the search, which this version does not have; give one value"
+                needs = (
+                    "a codec of a recipe's step, with a budget"
+                    if special == "allocate"
+                    else "the search, which this version does not have"
                 )
+                raise RecipeError(f"{where}.{key}: {special!r} needs {needs}; give one value")
         values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 

@@ -35,7 +35,9 @@ class Statistic(ABC):
     """Something known of the floating tensors at one place; made anew for each module and place.
 
     module: whose input or output it watches, for those that must know how it uses them.
-    of: what `update` takes in: 'values' that pass the place, or the 'gradient' of the task's loss by a weight.
+    of: what `update` takes in: 'values' that pass the place; 'pairs' of those and of what passed there before the step
+        began to change the model (the same, where nobody knows); the 'gradient' of the task's loss by a weight; its
+        'slopes' by what passes the place.
     apart: gradients of single samples, instead of those of whole batches.
     """
 
@@ -52,7 +54,10 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Take in what one call of the module saw, or one gradient.  Raises DataError for values it cannot use."""
+        """Take in what one call of the module saw, or one gradient.  Raises DataError for values it cannot use.
+
+        Of pairs what it saw before follows, as a second argument.
+        """
 
     @abstractmethod
     def result(self) -> Any:
@@ -75,6 +80,7 @@ class Watch:
     def __init__(self, model: nn.Module, wanted: Wanted):
         self.wanted = wanted
         self.paused = False
+        self.before: dict[str, list[Tensor]] = {}  # path -> what its next calls saw at their input, before
         self._found: dict[tuple[str, str, str], Statistic] = {}
         self._reached: set[tuple[str, str, str]] = set()
         self._modules = {path: submodule(model, path) for path in wanted}
@@ -83,21 +89,21 @@ class Watch:
             for place, name in asked:
                 cls = shelf.load("statistics", name, Statistic)
                 module = self._modules[path]
-                if cls.of == "values" and place not in PLACES:
+                if cls.of != "gradient" and place not in PLACES:
                     raise ValueError(f"{place!r} is no place of a module; there is {', '.join(PLACES)}")
                 if cls.of == "gradient" and module._parameters.get(place) is None:
                     raise ValueError(f"{path!r} has no parameter {place!r} to take the {name} of")
                 self._found[path, place, name] = cls(module)
 
     def __enter__(self) -> Watch:
-        for path, place in {key[:2]: None for key, s in self._found.items() if s.of == "values"}:
+        for path, place in {key[:2]: None for key, s in self._found.items() if s.of != "gradient"}:
             if place == "input":
                 handle = self._modules[path].register_forward_pre_hook(
                     lambda _, args, kwargs, path=path: self._see(path, "input", (args, kwargs)), with_kwargs=True
                 )
             else:
                 handle = self._modules[path].register_forward_hook(
-                    lambda _, args, out, path=path: self._see(path, "output", out)
+                    lambda _, args, out, path=path: self._gave(path, out)
                 )
             self._hooks.callback(handle.remove)
         return self
@@ -109,14 +115,31 @@ class Watch:
         x = next((t for t in tensors(values) if t.is_floating_point()), None)
         if x is None or not x.numel() or self.paused:
             return
+        before = [self.before[path].pop(0)] if place == "input" and self.before.get(path) else [x.detach()]
         with torch.no_grad():
-            for key in [k for k, s in self._found.items() if k[:2] == (path, place) and s.of == "values"]:
-                self._update(key, x.detach())
+            for key, statistic in self._found.items():
+                if key[:2] == (path, place) and statistic.of in ("values", "pairs"):
+                    self._update(key, x.detach(), *(before if statistic.of == "pairs" else ()))
 
-    def _update(self, key: tuple[str, str, str], x: Tensor) -> None:
+    def _gave(self, path: str, out: Any) -> Any:
+        """Take in an output; where its slopes are asked for, what takes its place has a gradient."""
+        self._see(path, "output", out)
+        keys = [k for k, s in self._found.items() if k[:2] == (path, "output") and s.of == "slopes"]
+        x = next((t for t in tensors(out) if t.is_floating_point()), None)
+        if x is None or not keys or self.paused or not torch.is_grad_enabled():
+            return None
+        given = None
+        if not x.requires_grad and isinstance(out, Tensor):
+            given = x = x.requires_grad_() * 1  # what follows may change it in place
+        if x.requires_grad:
+            for key in keys:
+                x.register_hook(lambda g, key=key: self._update(key, g.detach()))
+        return given
+
+    def _update(self, key: tuple[str, str, str], *x: Tensor) -> None:
         self._reached.add(key)
         try:
-            self._found[key].update(x)
+            self._found[key].update(*x)
         except DataError as error:
             place = f"{key[1]} of {key[0]!r}" if key[1] in PLACES else f"gradient of {key[0]}.{key[1]}"
             raise DataError(f"{place}: {error}") from None
@@ -176,17 +199,18 @@ def gather(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
     watch = Watch(model, wanted)
     whole, single = watch.updates(apart=False), watch.updates(apart=True)
-    if (whole or single) and loss is None:
+    slopes = watch.asks("slopes")
+    if (whole or single or slopes) and loss is None:
         raise DataError("gradients need the task's loss; give one")
     left, generator = SAMPLES, torch.Generator().manual_seed(seed)
     with evaluating(model), watch:
         for item in islice(batches, limit):
             inputs, labels = move(batch(item), device)
-            if whole:
+            if whole or slopes:
                 assert loss is not None
                 with Gradients(model, whole, loss, generator) as gradients:
                     gradients.backward(inputs, labels)
-            elif watch.asks("values"):
+            elif watch.asks("values") or watch.asks("pairs"):
                 forward_or_raise(model, inputs, "while statistics are gathered")
             watch.paused = True
             for one in islice(singly(inputs, labels), left if single else 0):
@@ -209,7 +233,8 @@ def of_weights(
 ) -> dict[str, dict[str, Any]]:
     """Statistics of weights: target name -> name on the shelf `statistics/` -> what was found.
 
-    Those of values are taken at the input of the target's (first) module, those of gradients at the target itself.
+    Those of values are taken at the input of the target's (first) module, slopes at its output, those of gradients at
+    the target itself.
     Arguments and errors as for `gather`.
     """
     found = gather(model, wanted_of(members, names), batches, limit, loss, seed)
@@ -230,4 +255,5 @@ def taken(found: Found, target: Target, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(target: Target, name: str) -> str:
-    return "input" if shelf.load("statistics", name, Statistic).of == "values" else target.places[0][1]
+    of = shelf.load("statistics", name, Statistic).of
+    return {"gradient": target.places[0][1], "slopes": "output"}.get(of, "input")

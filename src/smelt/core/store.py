@@ -146,7 +146,7 @@ def eat(
     """What a lossy codec gets of a target: (tree or None, path of the leaf in it, x, where).
 
     Raises:
-        RuleError: nothing floating is left (rule 1), or statistics cannot be mapped to the leaf (rule 4).
+        RuleError: nothing floating is left but fp8 (rule 1), or statistics cannot be mapped to the leaf (rule 4).
     """
     entry = store_of(model).entries.get(target.name)
     if entry is None:
@@ -156,7 +156,7 @@ def eat(
             )
         return None, None, target.tensor.detach(), None
     leaves = dict(entry.encoded.leaves())
-    floating = [p for p in entry.encoded.carriers() if leaves[p].is_floating_point()]
+    floating = [p for p in entry.encoded.carriers() if leaves[p].is_floating_point() and leaves[p].element_size() > 1]
     if len(floating) > 1:
         raise RuleError(f"{step}: {target} keeps its values in several tensors, {entry.encoded}; none can stand for it")
     if not floating:
@@ -167,7 +167,8 @@ def eat(
     x = leaves[floating[0]]
     if codec.needs_at("weight") and x.shape != target.tensor.shape:
         raise RuleError(f"{step}: statistics of {target} do not fit its stored values {list(x.shape)}")
-    return entry.encoded, floating[0], x, entry.encoded.where()
+    where = entry.encoded.where()
+    return entry.encoded, floating[0], x, where if where is not None and where.shape == x.shape else None
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], step: str) -> None:

@@ -94,8 +94,12 @@ def _matches(target: Target, pattern: str, all_kinds: bool) -> bool:
 def check_finite(everything: Sequence[Target]) -> None:
     """Raise ModelError naming the first parameter with NaN or infinite values; a buffer may hold -inf, as masks do."""
     for target in everything:
-        if target.parameter and target.tensor.is_floating_point() and not bool(torch.isfinite(target.tensor).all()):
-            bad = int((~torch.isfinite(target.tensor)).sum())
+        if not (target.parameter and target.tensor.is_floating_point()):
+            continue
+        byte = target.tensor.element_size() == 1  # of which torch cannot tell
+        finite = torch.isfinite(target.tensor.float() if byte else target.tensor)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
             raise ModelError(f"{target} holds {bad} NaN or infinite values; a model to compress must be finite")
 
 

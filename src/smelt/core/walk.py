@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -37,7 +37,8 @@ def walk(
 ) -> Iterator[tuple[list[Target], Gather]]:
     """(members of a part, function that gathers statistics of values for them), part by part.
 
-    What is done to the members before the next part is asked for is what that part sees.
+    What is done to the members before the next part is asked for is what that part sees; statistics of pairs also know
+    what it saw before anything was done to them.
 
     Args:
         limit: number of batches to use; None for all.
@@ -53,7 +54,7 @@ def walk(
         raise DataError("there is no calibration batch")
     with evaluating(model):
         scan = _Scan(model, members, move(inputs[0], device))
-        runner = _Runner(model, inputs, device, scan)
+        runner = _Runner(model, inputs, device, scan, members)
         for block, part in scan.parts(members, order):
             yield part, lambda names, block=block, part=part: runner.gather(block, part, names)  # type: ignore[misc]
 
@@ -151,36 +152,46 @@ class _Scan:
 
 
 class _Runner:
-    """Holds what enters one block, for every batch."""
+    """Gathers for one part after another."""
 
-    def __init__(self, model: nn.Module, inputs: list[Any], device: Any, scan: _Scan):
-        self.model, self.inputs, self.device, self.scan = model, inputs, device, scan
-        self.held: list[Call] = []
-        self.at: str | None = None  # the block that `held` enters
+    def __init__(self, model: nn.Module, inputs: list[Any], device: Any, scan: _Scan, members: Sequence[Target]):
+        self.model, self.scan, self.members = model, scan, members
+        self.now, self.before = (_Stage(model, inputs, device, scan) for _ in range(2))
+        self.untouched: list[Tensor] = []  # of each member, if pairs are asked for
 
     def gather(self, block: str | None, part: Sequence[Target], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        if block is not None:
-            self._go(block)
         leaders = {t.name: self._leader(t, part, names) for t in part}
         own = [t for t in part if leaders[t.name] is t]
         paths = list(dict.fromkeys(t.places[0][0] for t in own))
-        left = 0
-
-        def passed(*_: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise _Stop
-
         watch = Watch(self.model, wanted_of(own, names))
-        with watch, ExitStack() as hooks:
-            for path in paths:
-                hooks.callback(submodule(self.model, path).register_forward_pre_hook(passed).remove)
-            for index in range(len(self.inputs)):
-                left = sum(self.scan.calls.count(path) for path in paths)
-                self._run(block, index)
+        pairs = watch.asks("pairs")
+        self.now.go(block)
+        if pairs:
+            self.untouched = self.untouched or [t.tensor.detach().clone() for t in self.members]
+            with self._as_before():
+                self.before.go(block)
+        with watch:
+            for index in range(len(self.now.inputs)):
+                if pairs:
+                    watch.before, watch.paused = {path: [] for path in paths}, True
+                    with self._as_before():
+                        self.before.reach(block, index, paths, watch.before)
+                    watch.paused = False
+                self.now.reach(block, index, paths)
         found = watch.result()
         return {t.name: taken(found, leaders[t.name], names) for t in part}
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Meanwhile the members hold what they held when the walk began."""
+        changed = [t.tensor.data for t in self.members]
+        for target, tensor in zip(self.members, self.untouched, strict=True):
+            target.tensor.data = tensor
+        try:
+            yield
+        finally:
+            for target, tensor in zip(self.members, changed, strict=True):
+                target.tensor.data = tensor
 
     def _leader(self, target: Target, part: Sequence[Target], names: Sequence[str]) -> Target:
         """The first of the part that sees the same input in the same way."""
@@ -194,6 +205,37 @@ class _Runner:
                     return other
         return target
 
+
+class _Stage:
+    """Holds what enters one block, for every batch."""
+
+    def __init__(self, model: nn.Module, inputs: list[Any], device: Any, scan: _Scan):
+        self.model, self.inputs, self.device, self.scan = model, inputs, device, scan
+        self.held: list[Call] = []
+        self.at: str | None = None  # the block that `held` enters
+
+    def reach(
+        self, block: str | None, index: int, paths: Sequence[str], seen: dict[str, list[Tensor]] | None = None
+    ) -> None:
+        """Run one batch until the last of the modules is called; `seen` takes what they are called with."""
+        left = sum(self.scan.calls.count(path) for path in paths)
+
+        def passed(args: Any, kwargs: Any, path: str) -> None:
+            nonlocal left
+            left -= 1
+            if seen is not None:
+                seen[path] += [x for x in islice((x for x in tensors((args, kwargs)) if x.is_floating_point()), 1)]
+            if left == 0:
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for path in paths:
+                handle = submodule(self.model, path).register_forward_pre_hook(
+                    lambda _, args, kwargs, path=path: passed(args, kwargs, path), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+            self._run(block, index)
+
     def _run(self, block: str | None, index: int) -> Any:
         try:
             if block is None:
@@ -206,9 +248,9 @@ class _Runner:
         except _Stop:
             return None
 
-    def _go(self, block: str) -> None:
+    def go(self, block: str | None) -> None:
         """Let `held` be what enters `block`, now."""
-        if self.at == block:
+        if block is None or self.at == block:
             return
         order = self.scan.blocks
         start = order.index(self.at) + 1 if self.at is not None else len(order)

@@ -80,6 +80,27 @@ def save(
     return write(path, meta, writer.leaves, sealed=writer.sealed, force=force)
 
 
+def save_again(old: str | Path, path: str | Path, **changes: Any) -> int:
+    """Write a file once more, its leaves as they lie there; returns the bytes.
+
+    Args:
+        changes: what stands in place of what its meta has under these keys: recipe, report.
+
+    Raises:
+        FileError: no such file, or a damaged one.
+        OutputError: `path` exists, no space, not writable.
+    """
+    with File(old) as file:
+        leaves = [file.leaf(i) for i in range(len(file._reader.slots))]
+        return write(Path(path), {**file._meta, **changes}, leaves, sealed=file._reader.sealed)
+
+
+def coders(named: tuple[Lossless, ...]) -> tuple[Lossless, ...]:
+    """The lossless codecs with which a leaf is written, if these are named for it."""
+    floor = [make(name) for name in DEFAULT_TAIL]
+    return (*named, *(codec for codec in floor if codec not in named))
+
+
 class _Packer:
     """Packs tensors so that leaves shared between them stay shared."""
 
@@ -96,9 +117,7 @@ class _Packer:
         check_holds(target.tensor, str(target))
         tail = self.tail
         if tail is None:
-            named = self.held.tails.get(target.name, ())
-            floor = [make(name) for name in DEFAULT_TAIL]
-            tail = [*named, *(codec for codec in floor if codec not in named)]
+            tail = coders(self.held.tails.get(target.name, ()))
         once = [self.coders.setdefault(repr(c), _Once(c, self.shared)) for c in tail]
         part = self.trees.get(target.name)
         return pack(target.tensor.detach().cpu() if part is None else part, once)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from smelt.core.errors import FileError
 Claims = Mapping[str, "tuple[torch.Size, torch.dtype]"]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)  # floats of one byte
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

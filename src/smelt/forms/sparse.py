@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smelt.core.encoded import Encoded, Form, numel
 from smelt.core.errors import FileError
-from smelt.forms._parts import FLOATS, INTEGERS, Claims, aligned, exactly, in_layout, kind, require, whole
+from smelt.forms._parts import BYTES, FLOATS, INTEGERS, Claims, aligned, exactly, in_layout, kind, require, whole
 
 CAPS = (15, 63, 255)
 KINDS = (*FLOATS, *INTEGERS, torch.bool)
@@ -165,7 +165,7 @@ def _place(part: Tensor | Encoded, kept: Tensor, shape: torch.Size, columns: boo
         inner = {k: _place(p, kept, shape, columns) if k in part.form.aligned else p for k, p in part.parts.items()}
         return Encoded(part.form, inner, shape, part.dtype)
     entries = int(kept.sum())
-    fits = part.shape == (entries,) and part.dtype in KINDS
+    fits = part.shape == (entries,) and part.dtype in (*KINDS, *BYTES)
     require(fits, f"form 'sparse': {list(part.shape)} {part.dtype} are not the {entries} kept entries")
     flat = torch.zeros(kept.numel(), dtype=part.dtype, device=part.device)
     flat[kept.to(part.device)] = part

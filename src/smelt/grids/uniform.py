@@ -59,17 +59,28 @@ def magnitude(rows: Tensor, where: Tensor | None = None) -> Range:
     return -(total / count), total / count
 
 
-def mse(rows: Tensor, where: Tensor | None = None, *, bits: int, symmetric: bool, whole: bool = False) -> Range:
+def mse(
+    rows: Tensor,
+    where: Tensor | None = None,
+    *,
+    bits: int,
+    symmetric: bool,
+    whole: bool = False,
+    weight: Tensor | None = None,
+) -> Range:
     """The range with the least sum of squared rounding errors, never worse than `minmax`.
 
     The whole range is shrunk towards 0 (symmetric) or the mean (asymmetric) on a grid of `STEPS` factors, then the best
     factor is refined, then (asymmetric) either end alone.
+
+    Args:
+        weight: [n], what the squared error of each column counts; None for 1.
     """
     if rows.numel() > BLOCK and len(rows) > 1:
         size = max(1, BLOCK // rows.shape[1])
         masks = [None] * len(rows) if where is None else where.split(size)
         parts = [
-            mse(part, mask, bits=bits, symmetric=symmetric, whole=whole)
+            mse(part, mask, bits=bits, symmetric=symmetric, whole=whole, weight=weight)
             for part, mask in zip(rows.split(size), masks, strict=False)
         ]
         return torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts])
@@ -80,7 +91,7 @@ def mse(rows: Tensor, where: Tensor | None = None, *, bits: int, symmetric: bool
     else:
         count = rows.shape[1] if where is None else where.sum(1).clamp_min(1)
         middle = (rows if where is None else rows.where(where, 0)).sum(1) / count
-    search = _Search(rows, where, low, high, bits, symmetric, whole)
+    search = _Search(rows, where, low, high, bits, symmetric, whole, weight)
     down, up = low - middle, high - middle
     for i in range(1, STEPS):
         error = search.try_(middle + (1 - i / STEPS) * down, middle + (1 - i / STEPS) * up)
@@ -102,8 +113,17 @@ class _Search:
     """The best range so far of each row, and its error."""
 
     def __init__(
-        self, rows: Tensor, where: Tensor | None, low: Tensor, high: Tensor, bits: int, symmetric: bool, whole: bool
+        self,
+        rows: Tensor,
+        where: Tensor | None,
+        low: Tensor,
+        high: Tensor,
+        bits: int,
+        symmetric: bool,
+        whole: bool,
+        weight: Tensor | None,
     ):
+        self.weight = weight
         self.rows, self.where, self.bits, self.symmetric, self.whole = rows, where, bits, symmetric, whole
         self.low, self.high = low, high
         self.error = self._error(low, high)
@@ -121,6 +141,8 @@ class _Search:
         scale, zero = scale[:, None], None if zero is None else zero[:, None]
         codes = quantize(self.rows, scale, zero, bits=self.bits, symmetric=self.symmetric)
         error = dequantize(codes, scale, zero).sub_(self.rows).square_()
+        if self.weight is not None:
+            error *= self.weight
         return (error if self.where is None else error.where(self.where, 0)).sum(1)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from smelt.core.data import evaluating, forward, samples
+from smelt.core.data import evaluating, forward_or_raise, samples
 from smelt.measures._unfused import unfused
 
 UNIT = "MACs"
 
 aten = torch.ops.aten
+REGISTRY: Mapping[Any, Any] = flop_registry
 
 
 def macs(model: nn.Module, inputs: Any) -> int:
@@ -28,40 +29,60 @@ def macs(model: nn.Module, inputs: Any) -> int:
 
     Args:
         inputs: a batch, as `forward` takes it, with the samples along the first dimension.
+
+    Raises:
+        ModelError: the forward pass fails.
     """
-    counter = FlopCounterMode(
-        display=False, custom_mapping={aten.mv: _mv, aten.addmv: _addmv, aten.dot: _dot, aten._trilinear: _bilinear}
-    )
-    with unfused(), evaluating(model), _frozen(model), counter:
-        forward(model, inputs)
-    flops: int = counter.get_total_flops()
-    return round(flops / 2 / max(1, samples(inputs)))
+    counter = _Counter()
+    with unfused(), evaluating(model), counter:
+        forward_or_raise(model, inputs, "on the first batch")
+    return round(counter.flops / 2 / max(1, samples(inputs)))
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients: torch's counter hooks whatever does, and fails on views of parameters."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+class _Counter(TorchDispatchMode):
+    """Adds up what torch's registry says of each operator; those that it does not know are taken apart."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = getattr(func, "_overloadpacket", func)
+        if known in OWN:
+            self.flops += OWN[known](*(a.shape if isinstance(a, torch.Tensor) else a for a in args))
+        elif known not in REGISTRY and isinstance(func, torch._ops.OpOverload):
+            with self:
+                apart = func.decompose(*args, **kwargs)
+            if apart is not NotImplemented:
+                return apart
+        out = func(*args, **kwargs)
+        if known in REGISTRY:
+            self.flops += REGISTRY[known](*args, **kwargs, out_val=out)
+        return out
 
 
-def _mv(matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
+def _mv(matrix: Any, vector: Any, *args: Any) -> int:
     return 2 * int(matrix[0]) * int(matrix[1])
 
 
-def _addmv(bias: Any, matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
+def _addmv(bias: Any, matrix: Any, vector: Any, *args: Any) -> int:
     return _mv(matrix, vector)
 
 
-def _bilinear(a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+def _bilinear(a: Any, weight: Any, *args: Any) -> int:
     return 2 * int(a[0]) * math.prod(map(int, weight))
 
 
-def _dot(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+def _dot(a: Any, b: Any, *args: Any) -> int:
     return 2 * int(a[0])
+
+
+OWN: Mapping[Any, Callable[..., int]] = {aten.mv: _mv, aten.addmv: _addmv, aten.dot: _dot, aten._trilinear: _bilinear}
+"""Operators that torch's registry lacks: flops of the shapes of their tensors."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smelt.core.data import evaluating, forward, tensors
+from smelt.core.data import evaluating, forward_or_raise, tensors
 from smelt.measures._unfused import unfused_modules
 
 UNIT = "bytes"
@@ -25,12 +25,15 @@ def memory(model: nn.Module, inputs: Any) -> int:
 
     Args:
         inputs: a batch, as `forward` takes it.
+
+    Raises:
+        ModelError: the forward pass fails.
     """
     live = _Live()
     try:
         live.add(chain(model.parameters(), model.buffers(), tensors(inputs)))
         with unfused_modules(), evaluating(model), live:
-            forward(model, inputs)
+            forward_or_raise(model, inputs, "on the first batch")
     finally:
         live.close()
     return live.peak
@@ -45,6 +48,10 @@ class _Live(TorchDispatchMode):
         self.watches: dict[int, weakref.finalize[Any, Any]] = {}
         self.now = 0
         self.peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes seconds
 
     def add(self, found: Iterable[Tensor]) -> None:
         for tensor in found:

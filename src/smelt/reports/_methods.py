@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from smelt.core.method import Codec, Method, Objective, Rewrite
-from smelt.core.recipe import Train, to_yaml
+from smelt.core.choice import WORDS, Choice
+from smelt.core.method import Codec, Composite, Method, Objective, Rewrite
+from smelt.core.recipe import Train
 from smelt.core.settings import Ramp
+from smelt.core.yaml_text import to_yaml
 
 
 def described(name: str, cls: Any) -> dict[str, Any]:
-    """{kind, card, settings, example}; the example has the first setting at its default.
+    """{kind, card, settings, words, example}; the example has the first setting at its default.
+
+    `words`: of the step, like settings, with which one of them is chosen for each tensor; of codecs that lose.
 
     Args:
         cls: a `Method`, or `Train`.
@@ -21,13 +25,20 @@ def described(name: str, cls: Any) -> dict[str, Any]:
     first = next((f for f in fields(cls) if f.default not in (MISSING, None, "")), None)
     line = {name: {first.name: first.default} if first else {}}
     step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
-    kinds = {Rewrite: "changes the structure", Objective: "adds to the training loss", Train: "trains"}
+    kinds = {
+        Rewrite: "changes the structure",
+        Objective: "adds to the training loss",
+        Composite: "stands for several steps",
+        Train: "trains",
+    }
     lossless = issubclass(cls, Codec) and cls.lossless
     stored = "codes without loss" if lossless else "stores in another form"
+    chooses = issubclass(cls, Composite) or (issubclass(cls, Codec) and not lossless)
     return {
         "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
         "card": card,
         "settings": settings,
+        "words": [_setting(f) for f in fields(Choice) if f.name in WORDS] if chooses else [],
         "example": to_yaml([step]).strip(),
     }
 

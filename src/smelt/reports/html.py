@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from smelt.core.output import check_output, replacing
-from smelt.core.recipe import to_yaml
 from smelt.core.report import Report, Row
+from smelt.core.yaml_text import to_yaml
 from smelt.reports import _stages as show
 from smelt.version import __version__
 

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from smelt.core.recipe import to_yaml
 from smelt.core.report import Point, Sensitivity
+from smelt.core.yaml_text import to_yaml
 from smelt.reports import _stages as show
 from smelt.reports import html
 

@@ -39,7 +39,7 @@ class Gram(Statistic):
         if isinstance(self.module, _ConvTransposeNd):
             raise DataError("a transposed convolution has no such moments; take it out of the step")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        pieces = _unfolded(self.module, x) if isinstance(self.module, _ConvNd) else [x.reshape(1, -1, x.shape[-1])]
+        pieces = unfolded(self.module, x) if isinstance(self.module, _ConvNd) else [x.reshape(1, -1, x.shape[-1])]
         for piece in pieces:
             total = (piece.mT @ piece).double()
             if not bool(torch.isfinite(total).all()):
@@ -64,7 +64,7 @@ def geometry(module: nn.Module) -> Hashable:
     )
 
 
-def _unfolded(module: _ConvNd, x: Tensor) -> Iterator[Tensor]:
+def unfolded(module: _ConvNd, x: Tensor) -> Iterator[Tensor]:
     """[groups, places, k] of [n, in, ...] or [in, ...], a few samples at a time."""
     dims = len(module.kernel_size)
     if x.dim() == 1 + dims:
@@ -93,3 +93,13 @@ def damped(gram: Tensor, share: float) -> Tensor:
     diagonal += share * diagonal.mean()
     diagonal[dead] = 1
     return found
+
+
+def aimed(w: Tensor, h: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
+    """[out, k] rows that give on today's inputs what those of w gave on the inputs before (least squares).
+
+    w (C + D) h^-1, where h [k, k] is `gram` with something D added (see `damped`), and C is of `statistics.cross`: the
+    more is added, the nearer to w.  The target of GPTAQ (Li et al. 2025, arXiv:2504.02692), in closed form.
+    """
+    pulled = w.double() @ (cross + (h - gram)).double()
+    return torch.linalg.solve(h.double(), pulled, left=False).to(w.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,6 +41,7 @@ def refit(
     weights: bool = True,
     damping: float = 0.01,
     seed: int = 0,
+    only: Container[str] | None = None,
 ) -> list[Edit]:
     """Change the layers of `cut`, in the order in which they run, so that they give what those of `original` give.
 
@@ -49,11 +50,12 @@ def refit(
                            where it has no weight to be fitted, only b makes the means equal
     batch norm             without `weights`: mean and variance of what enters it now
 
-    Layers that are called more than once, or that see what they saw before, stay as they are.
+    Layers that are called more than once, or that see what they saw before with the weight they had, stay as they are.
 
     Args:
         rows: name of a weight -> which of the original's outputs are left, where they are not all.
         batches: up to `SAMPLES` samples count, of batches that can be joined.
+        only: paths of the layers that may change; None for all.
 
     Returns:
         Fill edits with what was changed; they are applied to `cut` already.
@@ -63,7 +65,7 @@ def refit(
     """
     device = next((t.device for t in (*original.parameters(), *original.buffers())), "cpu")
     inputs = move(_joined(batches), device)
-    fit = _Fit(original, cut, rows, weights, damping, seed)
+    fit = _Fit(original, cut, rows, weights, damping, seed, only)
     with evaluating(original), evaluating(cut):
         fit.run(inputs)
     return fit.edits
@@ -78,8 +80,9 @@ class _Fit:
         weights: bool,
         damping: float,
         seed: int,
+        only: Container[str] | None,
     ):
-        self.original, self.cut, self.rows = original, cut, rows
+        self.original, self.cut, self.rows, self.only = original, cut, rows, only
         self.weights, self.damping = weights, damping
         self.generator = torch.Generator().manual_seed(seed)
         self.edits: list[Edit] = []
@@ -107,6 +110,8 @@ class _Fit:
         calls: list[str] = []
         with ExitStack() as hooks:
             for path, module in self.cut.named_modules():
+                if self.only is not None and path not in self.only:
+                    continue
                 kinds = (nn.Linear, _ConvNd) if self.weights else (nn.Linear, _ConvNd, _BatchNorm)
                 if isinstance(module, kinds) and not isinstance(module, _ConvTransposeNd) and not own[path]:
                     seen = module.register_forward_pre_hook(lambda m, args, path=path: calls.append(path))
@@ -159,12 +164,22 @@ class _Fit:
         if where != path or not isinstance(x, Tensor) or not isinstance(out, Tensor):
             return
         module = self.cut.get_submodule(path)
-        if isinstance(before, Tensor) and before.shape == x.shape and torch.equal(before, x):
+        same = isinstance(before, Tensor) and before.shape == x.shape and torch.equal(before, x)
+        if same and self._has_its_weight(path, module):
             return
         if isinstance(module, _BatchNorm):
             self._norm(path, module, x)
         else:
             self._layer(path, module, x, out)
+
+    def _has_its_weight(self, path: str, module: Any) -> bool:
+        """Whether its weight is what is left of the original's."""
+        weight, rows = self.original.get_submodule(path).weight, self.rows.get(f"{path}.weight")
+        if not isinstance(weight, Tensor) or module.weight is None:
+            return True
+        if rows is not None:
+            weight = weight.index_select(0, torch.as_tensor(rows, device=weight.device))
+        return weight.shape == module.weight.shape and torch.equal(weight, module.weight)
 
     def _norm(self, path: str, module: _BatchNorm, x: Tensor) -> None:
         if module.running_mean is None or module.running_var is None:

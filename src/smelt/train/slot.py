@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core.encoded import Encoded
-from smelt.core.method import Codec, State, Values
+from smelt.core.method import Codec, State, Values, straight_through
 from smelt.core.target import Target
 
 
@@ -62,7 +62,10 @@ class Slot:
         chained = self._chain(self.leaves[self.carrier]) if self.carrier and self.links else None
 
         def now(path: str, leaf: Tensor) -> Tensor:
-            return chained if chained is not None and path == self.carrier else self.leaves.get(path, leaf)
+            if chained is not None and path == self.carrier:
+                return chained
+            x = self.leaves.get(path, leaf)
+            return straight_through(x, narrow(x, leaf.dtype).to(x.dtype)) if x is not leaf and _is_byte(leaf) else x
 
         return self.encoded.map(now).decode()
 
@@ -94,9 +97,23 @@ class Slot:
             if path not in self.leaves:
                 return leaf
             parameter = self.leaves[path]
-            return rounded.setdefault(id(parameter), parameter.detach().to(leaf.dtype, copy=True))
+            return rounded.setdefault(id(parameter), narrow(parameter, leaf.dtype))
 
         return tree.map(trained)
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A detached copy in another floating dtype; numbers of one byte saturate."""
+    x = x.detach()
+    if dtype.itemsize == 1:
+        most = torch.finfo(dtype).max
+        x = x.clamp(-most, most)
+    return x.to(dtype, copy=True)
+
+
+def _is_byte(leaf: Tensor) -> bool:
+    """Numbers so coarse that training must see them rounded."""
+    return leaf.is_floating_point() and leaf.element_size() == 1
 
 
 @dataclass

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -124,9 +125,10 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         self.notes += self._objectives.choose(self.model, slots)
         before = len(held.activations)
         try:
-            for piece in self.pieces:
-                if isinstance(piece.act, Codec) and piece.at != "weight":
-                    self.notes += apply_activations(self.model, piece, piece.key, self._known)
+            with self._simulating():
+                for piece in self.pieces:
+                    if isinstance(piece.act, Codec) and piece.at != "weight":
+                        self.notes += apply_activations(self.model, piece, piece.key, self._known)
         except BaseException:
             for activation in held.activations[before:]:
                 activation.remove()
@@ -139,6 +141,20 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         self._hook = self.model.register_forward_pre_hook(lambda *_: self._place())
         self._place()
         return self
+
+    @contextmanager
+    def _simulating(self) -> Iterator[None]:
+        """Meanwhile the parameters hold what the pieces make of them."""
+        acted = [slot for slot in self._slots if slot.links]
+        before = [slot.target.tensor.detach().clone() for slot in acted]
+        with torch.no_grad():
+            for slot in acted:
+                slot.target.tensor.copy_(slot.value())
+            try:
+                yield
+            finally:
+                for slot, values in zip(acted, before, strict=True):
+                    slot.target.tensor.copy_(values)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -212,7 +228,9 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
                 leaves[path] = self._shared[id(leaf)]
         carriers = [p for p in tree.carriers() if p in leaves]
         near = tree.map(lambda _, leaf: leaf.to(device))
-        return Slot(target, near, leaves, carriers[0] if len(carriers) == 1 else None, near.where())
+        carrier, where = carriers[0] if len(carriers) == 1 else None, near.where()
+        fits = where is not None and carrier is not None and where.shape == leaves[carrier].shape
+        return Slot(target, near, leaves, carrier, where if fits else None)
 
     def _place(self) -> None:
         """Compute every weight and put it where the modules look for it."""
@@ -248,7 +266,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             plan = resolve(group.codec, t).plan(seen, scout, lambda e: rest_bytes(pack(e, self.tail)))
             for slot, link in pairs:
                 name, before = slot.target.name, link.state
-                if before is not None and any(True for _ in before.parameters()):
+                if before is not None and any(True for _ in before.parameters()) and not group.codec.renews:
                     continue  # it learns its state
                 link.codec = plan[name]
                 inside = Inside(t, before, dict(link.seen))

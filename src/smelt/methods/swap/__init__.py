@@ -1,0 +1,1 @@
+"""Exchanging what a network is made of for something that does the same."""
