@@ -205,9 +205,8 @@ def estimate(cells: list[dict[str, Any]]) -> float:
     """Seconds of a cell, on average."""
     took = []
     for one in cells:
-        each = 0.004 if one["way"] == "trained" else 0.006
-        learning = one["images"] * one["epochs"] * each if one["way"] in ("trained", "tuned") else 40
-        took.append((learning + 30) * (1 if one["name"] == "ResNet-20" else 3))
+        learning = one["images"] * one["epochs"] * 0.005 if one["way"] in ("trained", "tuned") else 20
+        took.append((learning + (5 if one["test"] else 20)) * (1 if one["name"] == "ResNet-20" else 3))
     return sum(took) / len(took)
 
 

@@ -3,10 +3,10 @@
     SMELT_DATA=... python benchmarks/quantize_formats.py
 
 Five tensors, each the only weight of a model: Gaussian and Laplace numbers, a projection and the embedding of a trained
-language model, a convolution of a trained ResNet-56.  Each codec stores the tensor, the file is entropy coded, written and
-loaded again; bits are those of the whole file.  Signal to noise is that of the weight (mean square over mean square of
+language model, a convolution of a trained ResNet-56.  Each codec stores the tensor, the file is entropy coded, written
+and loaded again; bits are those of the whole file.  Signal to noise is that of the weight (mean square over mean square of
 the error, in dB); methods that use data see inputs of that layer, and the signal to noise of the layer's outputs, on
-other inputs, stands beside it.  No code of whole numbers of bits can pass Shannon's bound, 6.02 dB a bit for Gaussian numbers.
+other inputs, stands beside it.  No code can pass Shannon's bound, 6.02 dB a bit for Gaussian numbers.
 
 With matplotlib installed the full run draws docs/rate_distortion.svg.
 """
@@ -231,7 +231,7 @@ def main() -> int:
     args = arguments(__doc__ or "")
     print(conditions())
     names = QUICK if args.quick else TENSORS
-    if any(data_folder(folder) is None for folder in (("cifar10_jpeg",) if args.quick else ("llama-bytes", "cifar10_jpeg"))):
+    if any(data_folder(folder) is None for folder in ("cifar10_jpeg", "resnet_cifar10", "llama-bytes")):
         return 4
     curves = list(SHORT if args.quick else CURVES)
     cells = [{"name": name, "curves": [curve]} for name in names for curve in curves]

@@ -162,14 +162,17 @@ def test_it_is_simulated_and_softened_as_it_says() -> None:
 
 @pytest.mark.parametrize("soft", [0.0, smelt.Ramp(1, 0)])
 def test_inside_train_the_choices_follow_the_whole_model(soft: object) -> None:
-    teacher, model = net().eval(), net()
-    wanted = teacher(INPUTS).detach()
-    piece = make("quantize.adaround", {"bits": 2, "per": "channel", "steps": 20, "soft": soft})
-    with smelt.training(model, [piece], steps=150, calibration=[(INPUTS, None)]) as t:
+    wanted = net()(INPUTS).detach()
+    settings = {"bits": 2, "per": "channel", "steps": 20, "original": False}
+    alone = smelt.compress(net(), [make("quantize.adaround", settings)], job()).model(INPUTS).detach()
+    model, steps = net(), 150
+    piece = make("quantize.adaround", {**settings, "soft": soft})
+    with smelt.training(model, [piece], steps=steps, calibration=[(INPUTS, None)]) as t:
         rounding = [p for name, p in t.named_parameters() if name.endswith(".v")]
         assert len(rounding) == 3
-        optimizer = torch.optim.Adam(rounding, 0.03)
-        for _ in range(150):
+        optimizer = torch.optim.Adam(rounding)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
             loss = (model(INPUTS) - wanted).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -178,7 +181,4 @@ def test_inside_train_the_choices_follow_the_whole_model(soft: object) -> None:
         last = model(INPUTS).detach()
     torch.testing.assert_close(model(INPUTS).detach(), last, rtol=0, atol=1e-5)
     assert len(model.get_parameter("3.weight")[0].unique()) <= 4
-    alone = net()
-    nearest = make("quantize.gptq", {"bits": 2, "per": "channel"})
-    outputs = smelt.compress(alone, [nearest], job()).model(INPUTS).detach()
-    assert float((last - wanted).square().mean()) < float((outputs - wanted).square().mean())
+    assert float((last - wanted).square().mean()) < 0.7 * float((alone - wanted).square().mean())
