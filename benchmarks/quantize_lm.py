@@ -39,6 +39,8 @@ BITS = (4, 3, 2)
 OURS = ("affine", "affine mse", "hqq", "gptq", "awq", "adaround")
 # Bits per weight that the rate-distortion quantizer is asked for.
 CURVE = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+# What takes minutes, and is run on one draw.
+SLOW = ("200", "1000", "awq")
 # Most of 4 and 3 bits' bytes that the coded quantizer may take for the same perplexity.
 FEWER = {4: 15, 3: 20}
 
@@ -118,7 +120,7 @@ def plan(args: Any, models: list[str], peers: list[tuple[str, str, bool]]) -> li
             for peer, method, moved in peers if not args.quick else ():
                 slow = peer in ("auto-round", "gptqmodel", "llm-compressor") and many != draws
                 if not (slow and model == "llama-bytes"):
-                    add(model, peer, method, group, many if moved and method != "200" else range(1), BITS)
+                    add(model, peer, method, group, many if moved and method not in SLOW else range(1), BITS)
         if args.long and peers:
             add(model, "auto-round", "1000", groups[0], range(1), BITS)
         few = (2.0, 3.0) if args.quick else CURVE
