@@ -4,8 +4,8 @@
 
 Five tensors, each the only weight of a model: Gaussian and Laplace numbers, a projection and the embedding of a trained
 language model, a convolution of a trained ResNet-56.  Each codec stores the tensor, the file is entropy coded, written
-and loaded again; bits are those of the whole file.  Signal to noise is that of the weight (mean square over mean square of
-the error, in dB); methods that use data see inputs of that layer, and the signal to noise of the layer's outputs, on
+and loaded again; bits are those of the whole file.  Signal to noise is that of the weight (mean square over mean square
+of the error, in dB); methods that use data see inputs of that layer, and the signal to noise of the layer's outputs, on
 other inputs, stands beside it.  No code can pass Shannon's bound, 6.02 dB a bit for Gaussian numbers.
 
 With matplotlib installed the full run draws docs/rate_distortion.svg.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from smelt.core.edit import Fill, Keep, Remove, Replace, Set, Tie, from_plain, from_ranges, to_ranges
+from smelt.core.edit import Fill, Keep, Remove, Replace, Set, Tie, apply_all, from_plain, from_ranges, to_ranges
 from smelt.core.errors import FileError, ModelError
-from smelt.core.store import apply_edits, replay, store_of
+from smelt.core.store import apply_edits, store_of
 
 
 def net() -> nn.Sequential:
@@ -39,7 +39,7 @@ def test_replay_on_meta_gives_the_same_shapes() -> None:
     apply_edits(model, edits, "cut")
     with torch.device("meta"):
         bare = net()
-    replay(bare, [from_plain(e.to_plain()) for e in store_of(model).edits])
+    apply_all(bare, [from_plain(e.to_plain()) for e in store_of(model).edits])
     assert {n: p.shape for n, p in bare.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 

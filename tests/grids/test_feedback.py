@@ -81,10 +81,12 @@ def test_weaving_rounds_each_weight_given_those_above_and_to_the_left(shape: tup
             expected[r, c] = (wanted / steps[r, c]).round() * keep[r, c]
             e[r, c] = w[r, c] - expected[r, c] * steps[r, c]
     before = w.clone()
-    assert torch.equal(feedback.woven(w, u, v, steps, torch.round, keep, width), expected)
-    alone = feedback.woven(w, None, v, steps, torch.round, keep)
-    one = torch.eye(shape[0], dtype=torch.float64)
-    assert torch.equal(alone, feedback.woven(w, one, v, steps, torch.round, keep))
+
+    def begin(now: slice, _: Tensor) -> feedback.Across:
+        own, kept = steps[:, now].contiguous(), keep[:, now].contiguous()
+        return lambda line, wanted: (wanted / line(own)).round() * line(own) * line(kept)
+
+    torch.testing.assert_close(feedback.woven(w, u, v, begin, width), expected * steps)
     assert torch.equal(w, before)
     terms = dear_rows[:, None] * dear_columns * (u.T @ e @ v) ** 2
     torch.testing.assert_close(terms.sum(), torch.trace(g @ e @ h @ e.T))

@@ -15,8 +15,8 @@ A file records them and loading replays them on the `meta` device, then fills th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,12 +55,15 @@ class Keep(Edit):
     index: tuple[int, ...]
 
     def apply(self, model: nn.Module) -> None:
-        target = find(model, self.tensor, transient=True)
+        self.cut(model, find(model, self.tensor, transient=True))
+
+    def cut(self, model: nn.Module, target: Target) -> Tensor:
+        """`apply` where the target is known; returns what stands in its place."""
         size = target.tensor.shape[self.dim] if -target.tensor.dim() <= self.dim < target.tensor.dim() else -1
         if not self.index or any(not 0 <= i < size for i in self.index):
             raise ModelError(f"edit keep: {target} has no such positions along dimension {self.dim}")
         index = torch.tensor(self.index, device=target.tensor.device)
-        put(model, target, target.tensor.detach().index_select(self.dim, index))
+        return put(model, target, target.tensor.detach().index_select(self.dim, index))
 
     def touches(self, model: nn.Module) -> set[str]:
         return {find(model, self.tensor, transient=True).name}
@@ -241,6 +244,26 @@ def from_plain(data: Any, most: int = 1 << 24) -> Edit:
         raise FileError(f"the file holds something that is no edit: {str(data)[:80]!r} ({error})") from None
 
 
+def apply_all(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Apply edits one after another.  Thousands of cuts in a row look for the tensors of the model once."""
+    known: dict[str, Target] = {}
+    for edit in edits:
+        if not isinstance(edit, Keep):
+            edit.apply(model)
+            known = known if isinstance(edit, (Set, Note)) else {}
+            continue
+        known = known or {_full(place): t for t in targets(model, transient=True) for place in t.places}
+        if edit.tensor not in known:
+            raise ModelError(f"the model has no tensor {edit.tensor!r}")
+        target = known[edit.tensor]
+        cut = replace(target, tensor=edit.cut(model, target))
+        known |= {_full(place): cut for place in target.places}
+
+
+def _full(place: tuple[str, str]) -> str:
+    return ".".join(part for part in place if part)
+
+
 def to_ranges(index: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> '0-2,5'"""
     spans: list[list[int]] = []
@@ -292,14 +315,15 @@ def find(model: nn.Module, name: str, *, transient: bool = False) -> Target:
     raise ModelError(f"the model has no tensor {name!r}")
 
 
-def put(model: nn.Module, target: Target, value: Tensor) -> None:
-    """Exchange a tensor, of whatever shape, at all of its places."""
+def put(model: nn.Module, target: Target, value: Tensor) -> Tensor:
+    """Exchange a tensor, of whatever shape, at all of its places; returns what stands there now."""
     new: Tensor = nn.Parameter(value, target.tensor.requires_grad) if target.parameter else value
     for path, name in target.places:
         owner = submodule(model, path)
         (owner._parameters if target.parameter else owner._buffers)[name] = new  # type: ignore[assignment]
         if isinstance(owner, nn.RNNBase):
             setattr(owner, name, new)  # keeps its list of flat weights true
+    return new
 
 
 def below(model: nn.Module, path: str) -> set[str]:

@@ -7,14 +7,14 @@ refers to tensors by name, so that copies of the model carry a true copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smelt.core.edit import Edit
+from smelt.core.edit import Edit, apply_all
 from smelt.core.encoded import Encoded
 from smelt.core.errors import ModelError, RuleError
 from smelt.core.method import Codec, Lossless, State
@@ -174,20 +174,13 @@ def eat(
 def apply_edits(model: nn.Module, edits: Sequence[Edit], step: str) -> None:
     """Check all edits against what is stored (rule 5), then apply and record them."""
     held = store_of(model)
-    for edit in edits:
+    for edit in edits if held.entries else ():
         hit = sorted(edit.touches(model) & set(held.entries))
         if hit:
             first = held.entries[hit[0]].steps[0]
             raise RuleError(f"{step} changes {hit[0]}, which {first} has already stored; put {step} before {first}")
-    for edit in edits:
-        edit.apply(model)
-        if edit.recorded:
-            held.edits.append(edit)
-
-
-def replay(model: nn.Module, edits: Iterable[Edit]) -> None:
-    for edit in edits:
-        edit.apply(model)
+    apply_all(model, edits)
+    held.edits += [edit for edit in edits if edit.recorded]
 
 
 def pack(part: Tensor | Encoded, tail: Sequence[Lossless]) -> Tensor | Encoded:

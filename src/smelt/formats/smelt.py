@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core import shelf
-from smelt.core.edit import Edit, put
+from smelt.core.edit import Edit, apply_all, put
 from smelt.core.encoded import Encoded
 from smelt.core.errors import FileError, ModelError
 from smelt.core.method import Lossless, State, make
@@ -231,8 +231,7 @@ class _Loader:
         most = 64 * sum(sum(t.tensor.shape) for t in targets(model)) + (1 << 16)
         self.edits = self.edits or self.file.read_edits(most)
         with self.file.blame("its edits do not fit the model"):
-            for edit in self.edits:
-                edit.apply(model)
+            apply_all(model, self.edits)
             for one in self.file.activations:
                 model.get_submodule(one.path)
         return model

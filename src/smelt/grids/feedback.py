@@ -19,6 +19,8 @@ from torch import Tensor
 
 # (column, what it should be [out]) -> what it becomes [out]
 Round = Callable[[int, Tensor], Tensor]
+# (what picks theirs, what they should be [n]) -> what they become [n]
+Across = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 # Columns whose errors reach the ones behind them together.
 WIDTH = 64
 
@@ -35,15 +37,14 @@ def carried(w: Tensor, feed: Tensor, begin: Callable[[slice, Tensor], Round], wi
 
     Args:
         feed: of `factor`, in the dtype of w.
-        begin: (columns, what these should be, [out, columns], as far as the errors before them tell) -> how to round
-            them; called for every `width` columns in turn.
+        begin: (columns, [out, columns] what these would be if they were not rounded, which makes up best for the errors
+            before them) -> how to round them; called for every `width` columns in turn.
     """
     errors, rounded = torch.zeros_like(w), torch.empty_like(w)
     for start in range(0, w.shape[1], width):
         now = slice(start, min(start + width, w.shape[1]))
-        wanted = w[:, now] + errors[:, :start] @ feed[:start, now]
-        round_ = begin(now, wanted)
-        own = feed[now, now]
+        own, heard = feed[now, now], errors[:, :start] @ feed[:start, now]
+        wanted, round_ = w[:, now] + heard, begin(now, w[:, now] + _alone(heard, own))
         lines, before = (t.T.clone(memory_format=torch.contiguous_format) for t in (wanted, w[:, now]))
         for c, line in enumerate(lines):
             done = round_(start + c, line)
@@ -52,6 +53,11 @@ def carried(w: Tensor, feed: Tensor, begin: Callable[[slice, Tensor], Round], wi
             lines[c] = done
         errors[:, now], rounded[:, now] = before.T, lines.T
     return rounded
+
+
+def _alone(heard: Tensor, own: Tensor) -> Tensor:
+    """What to add to columns that hear of errors before them, if they make none of their own: then e feed is 0."""
+    return torch.linalg.solve_triangular(own, heard, upper=True, left=False, unitriangular=True)
 
 
 def descended(w: Tensor, h: Tensor, rounded: Tensor, round_: Round, width: int = WIDTH) -> Tensor:
@@ -80,87 +86,52 @@ def error(w: Tensor, rounded: Tensor, h: Tensor) -> Tensor:
 
 
 def woven(
-    w: Tensor,
-    rows: Tensor | None,
-    columns: Tensor,
-    steps: Tensor,
-    code: Callable[[Tensor], Tensor],
-    keep: Tensor | None = None,
-    width: int = 2 * WIDTH,
+    w: Tensor, rows: Tensor, columns: Tensor, begin: Callable[[slice, Tensor], Across], width: int = WIDTH
 ) -> Tensor:
-    """Whole codes [out, k], where the errors of rows count together too: tr(G e H e^T) is made small.
+    """The rounded q [out, k], where errors of different rows count together: tr(G e H e^T) is made small.
 
     With G = U diag(g) U^T and H = V diag(d) V^T, U and V unit upper triangular (`factor`), that is the sum of g_r d_c
     (U^T e V)_rc^2; each weight is rounded so that its term is small, given those above and to the left of it (as in
-    Tseng et al. 2025, arXiv:2505.22988, weight by weight).  All weights of an anti-diagonal are rounded together.
+    Tseng et al. 2025, arXiv:2505.22988, weight by weight).  Of `width` columns all weights on an anti-diagonal are
+    rounded together.
 
     Args:
-        rows, columns: U [out, out] and V [k, k], in the dtype of w; without rows G is diagonal.
-        steps: [out, k].
-        code: what is wanted, in steps -> whole numbers.
-        keep: [out, k], where codes may differ from 0.
-        width: rows whose errors reach the rows below them together.
+        rows, columns: U [out, out] and V [k, k], in the dtype of w.
+        begin: as for `carried`; what rounds takes (line, what they should be [n]): line picks from [out, columns] or
+            from [out] what belongs to them.
     """
-    if rows is None:
-        return _alone(w, columns, steps, code, keep)
-    codes, errors = torch.zeros_like(w), torch.zeros_like(w)
-    backward = columns.T.flip(0).contiguous()
-    for start in range(0, len(w), width):
-        now = slice(start, min(start + width, len(w)))
-        wanted = (rows[:start, now].T @ errors[:start]) @ columns if start else torch.zeros_like(w[now])
-        above = rows[now, now].T.contiguous()
-        mask = None if keep is None else keep[now].contiguous()
-        codes[now], errors[now] = _wave(
-            w[now].contiguous(), wanted, above, backward, steps[now].contiguous(), code, mask
-        )
-    return codes
+    errors, rounded = torch.zeros_like(w), torch.empty_like(w)
+    above, heard = rows.T.contiguous(), torch.zeros_like(w)  # heard: U^T e
+    for start in range(0, w.shape[1], width):
+        now = slice(start, min(start + width, w.shape[1]))
+        told = heard[:, :start] @ columns[:start, now]
+        wanted, across = w[:, now] + told, begin(now, w[:, now] + _alone(told, columns[now, now]))
+        rounded[:, now] = _wave(w[:, now].contiguous(), wanted.contiguous(), above, columns[now, now], across)
+        errors[:, now] = w[:, now] - rounded[:, now]
+        heard[:, now] = above @ errors[:, now]
+    return rounded
 
 
-def _alone(w: Tensor, columns: Tensor, steps: Tensor, code: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
-    """The same for rows that do not count together."""
-    lines, codes = steps.T.contiguous(), torch.empty_like(w.T)
-    kept = None if keep is None else keep.T.contiguous()
-
-    def round_(c: int, wanted: Tensor) -> Tensor:
-        found = code(wanted / lines[c])
-        codes[c] = found if kept is None else found.where(kept[c], 0)
-        return codes[c] * lines[c]
-
-    carried(w, columns, lambda *_: round_)
-    return codes.T.contiguous()
-
-
-def _wave(
-    w: Tensor,
-    wanted: Tensor,
-    above: Tensor,
-    backward: Tensor,
-    steps: Tensor,
-    code: Callable[[Tensor], Tensor],
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(codes, errors) of some rows.
-
-    wanted: what rows before them ask for in addition.  above: U^T of these rows.  backward: V^T, last row first.
-    """
+def _wave(w: Tensor, wanted: Tensor, above: Tensor, columns: Tensor, across: Across) -> Tensor:
+    """`woven` for some columns; wanted: what they should be, as far as the columns before them tell."""
     n, k = w.shape
-    codes, errors, heard = torch.zeros_like(w), torch.zeros_like(w), w.new_zeros(k, n)
+    rounded, errors, told = torch.empty_like(w), torch.zeros_like(w), w.new_zeros(k, n)  # told: (e V)^T, last row first
+    backward = columns.T.flip(0).contiguous()
 
     def line(of: Tensor) -> Tensor:
         """The entries (r, t - r)."""
+        if of.dim() == 1:
+            return of[first:last]
         return of.as_strided((last - first,), (k - 1,), of.storage_offset() + t + first * (k - 1))
 
     for t in range(n + k - 1):
         first, last = max(0, t - k + 1), min(n - 1, t) + 1
-        turned = slice(k - 1 - t + first, k - 1 - t + last)  # columns t - r, counted from the last one
+        turned = slice(k - 1 - t + first, k - 1 - t + last)
         left = torch.linalg.vecdot(errors[first:last], backward[turned])
-        up = torch.linalg.vecdot(heard[turned], above[first:last])
-        own, step = line(w), line(steps)
-        found = code((own + line(wanted) + left + up) / step)
-        if keep is not None:
-            found = found.where(line(keep), 0)
-        error = own - found * step
-        line(codes).copy_(found)
+        up = torch.linalg.vecdot(told[turned], above[first:last])
+        found = across(line, line(wanted) + left + up)
+        error = line(w) - found
+        line(rounded).copy_(found)
         line(errors).copy_(error)
-        heard.as_strided((last - first,), (n + 1,), turned.start * n + first).copy_(error + left)
-    return codes, errors
+        told.as_strided((last - first,), (n + 1,), turned.start * n + first).copy_(error + left)
+    return rounded

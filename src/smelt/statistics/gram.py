@@ -102,4 +102,5 @@ def aimed(w: Tensor, h: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
     more is added, the nearer to w.  The target of GPTAQ (Li et al. 2025, arXiv:2504.02692), in closed form.
     """
     pulled = w.double() @ (cross + (h - gram)).double()
-    return torch.linalg.solve(h.double(), pulled, left=False).to(w.dtype)
+    solved: Tensor = torch.linalg.solve(h.double(), pulled, left=False)
+    return solved.to(w.dtype)

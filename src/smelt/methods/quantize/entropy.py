@@ -95,9 +95,7 @@ class Entropy(Codec):
         layers = [self._layer(v.x, v.where, scout.get(name, {})) for name, v in tensors.items()]
         count = max(1, sum(layer.count() for layer in layers))
         loud = sum(layer.count() * layer.loudness() for layer in layers) / count
-        step = rate.step_for(
-            self.bits, lambda step: sum(layer.bits(step) for layer in layers) / count, 2.0 ** (loud + 2 - self.bits)
-        )
+        step = rate.step_for(self.bits, lambda step: sum(layer.bits(step) for layer in layers) / count, loud)
         return dict.fromkeys(tensors, replace(self, bits=BITS, step=step))
 
     def fit(self, x: Tensor, stats: Stats) -> State:
@@ -114,8 +112,11 @@ class Entropy(Codec):
             parts = zip(rows(wanted, len(gram)), layer.h, cross, gram, strict=True)
             wanted = torch.stack([aimed(*part) for part in parts]).reshape(x.shape)
         codes = layer.codes(self.step, wanted, self.price)
-        step = x.new_tensor(self.step * layer.base, dtype=wanted.dtype)
-        shift = codes * (self.step * layer.unit) - layer.x
+        values, stretch = codes * (self.step * layer.unit), 1.0
+        if self.error == "weights" and bool(codes.any()):  # least squares
+            stretch = float((wanted * values).sum() / values.square().sum())
+        step = x.new_tensor(self.step * layer.base * stretch, dtype=wanted.dtype)
+        shift = values * stretch - layer.x
         return State(step=step, rows=layer.rows, columns=layer.columns, shift=shift, mask=stats.where)
 
     def _layer(self, x: Tensor, where: Tensor | None, known: Mapping[str, Any]) -> rate.Layer:
@@ -124,11 +125,16 @@ class Entropy(Codec):
             None if self.error == "weights" or name not in known else _loaded(known[name].to(x.device), share)
             for name, share in (("gram", self.damp), ("slopes", self.spread))
         )
-        return rate.Layer(wide, where, h, g)
+        scale = 1.0
+        if h is not None and g is None:  # errors count as shares of what a layer gives
+            flat = rows(wide, len(h)).double()
+            scale = 1 / max(float(((flat @ known["gram"].to(x.device)) * flat).sum() / len(x)), NOTHING)
+        return rate.Layer(wide, where, h, g, scale)
 
     def encode(self, x: Tensor, state: State) -> Encoded:
         known: Any = state
-        form = Crossed(rate.OCTAVE)
+        count = x.numel() if known.mask is None else int(known.mask.sum())
+        form = Crossed(rate.octave(known.rows.numel() + known.columns.numel(), count))
         steps = known.step * form.spread(known.rows, known.columns, x.shape)
         codes = ((x.detach() + known.shift) / steps).round_()
         if (mask := known.mask) is not None:

@@ -24,23 +24,26 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class GPTQ(Codec):
     """Whole numbers of `bits` bits, rounded column by column so that each makes up for the errors of those before.
 
-    Minimised is (q - w) H (q - w)^T over every row w of a layer's weight [out, k], with H = E x x^T of its inputs (plus
-    `damp` times its mean diagonal).  A group's range is found where the rounding arrives at it, on weights that have
-    taken over the errors so far; with `columns: loud`, and per channel or tensor, all
-    are found at the start.  Then every weight is rounded again given all others, `rounds` times
-    (coordinate descent), which never raises the error.
+    Minimised is e H e^T over every row of a layer's weight [out, k], with e its error and H = E x x^T of the layer's
+    inputs (plus `damp` times its mean diagonal); with `error: loss` tr(G e H e^T) over all rows together, G = E g g^T
+    of the loss's slopes at its outputs, so that weights make up for the errors of those in their column, too.
+
+    A group's range is found where the rounding arrives at it, on weights that have taken over the errors so far; with
+    `columns: loud` all are found at the start.  Then (error: outputs) every weight is rounded again given all others,
+    `rounds` times (coordinate descent), which never raises the error.
 
     Statistics are gathered in the order in which the model runs, of a `block` of the model at a time (as published) or
-    of a `layer` (`gather`), on outputs of what is already stored.  Pruned weights stay 0.  Inside `train` the weights
-    are rounded after what this moved them by at the last fit was added.
+    of a `layer` (`gather`), on outputs of what is already stored; with `original` the outputs aimed at are those of the
+    model before this step.  Pruned weights stay 0.  Inside `train` weights are rounded after what this moved them by at
+    the last fit was added.
 
     applies to: linear; convolution, grouped too
     needs a pretrained model: yes
-    needs data: yes, a few thousand positions per layer; no labels
+    needs data: yes, a few thousand positions per layer; no labels (error: loss draws them where there are none)
     needs training: no, down to 3 bits in groups
     good at: 4 and 3 bits in seconds, with the layout of every integer kernel
     bad at: layers with fewer calibration positions than inputs; 2 bits and less
-    source: Frantar et al. 2022, arXiv:2210.17323; rounds: Behdin et al. 2023, arXiv:2309.01885
+    source: Frantar et al. 2022, arXiv:2210.17323; rounds: arXiv:2309.01885; original: 2504.02692; loss: 2505.22988
     """
 
     bits: int = setting(4, "bits per value", low=1, high=8)
@@ -56,6 +59,10 @@ class GPTQ(Codec):
         "plain", "which are rounded first: as they stand, or those of the loudest inputs", choices=("plain", "loud")
     )
     rounds: int = setting(3, "times that every column is rounded again", low=0)
+    error: str = setting(
+        "outputs", "what is minimised: the change of the layer's outputs, or of the loss", choices=("outputs", "loss")
+    )
+    spread: float = setting(0.3, "share of the mean diagonal of G added to its diagonal", low=1e-8, high=10)
     original: bool = setting(True, "aim at the outputs of the model before this step, not at those on inputs as now")
     gather: str = setting("layer", "what is rounded between two runs of the data", choices=("block", "layer"))
     damp: float = setting(0.01, "share of the mean diagonal of H added to its diagonal", low=1e-8, high=1)
@@ -69,6 +76,8 @@ class GPTQ(Codec):
         return None if target.tensor.numel() else "it is empty"
 
     def needs_at(self, place: str) -> tuple[str, ...]:
+        if place == "plan":
+            return ("slopes",) if self.error == "loss" else ()
         return (("gram", "cross") if self.original else ("gram",)) if place == "weight" else ()
 
     def order(self) -> str | None:
@@ -83,11 +92,14 @@ class GPTQ(Codec):
         where = torch.ones_like(x, dtype=torch.bool) if stats.where is None else stats.where
         wide = wide.masked_fill(~where, 0)
         whole = self._range(wide.reshape(1, -1), where.reshape(1, -1)) if self.per == "tensor" else None
-        cross = stats.gathered["cross"].to(x.device) if "cross" in stats.gathered else gram
+        cross = stats.gathered["cross"].to(x.device) if self.original and "cross" in stats.gathered else gram
+        slopes = stats.gathered["slopes"].to(x.device) if "slopes" in stats.gathered else [None] * len(gram)
         parts = []
-        for w, now, before, keep in zip(rows(wide, len(gram)), gram, cross, rows(where, len(gram)), strict=True):
+        groups = zip(rows(wide, len(gram)), rows(where, len(gram)), gram, cross, slopes, strict=True)
+        for w, keep, now, before, slope in groups:
             h = damped(now, self.damp)
-            parts.append(self._rounded(aimed(w, h, before, now) if self.original else w, h, keep, whole))
+            g = None if slope is None else damped(slope, self.spread)
+            parts.append(self._rounded(w if before is now else aimed(w, h, before, now), keep, h, g, whole))
         side = sides.side_shape(x.shape, *self._layout())
         values, scale, zero = (
             None if part[0] is None else torch.cat([p for p in part if p is not None])
@@ -101,7 +113,9 @@ class GPTQ(Codec):
         """Axis and group of the form."""
         return None if self.per == "tensor" else 0, self.group if self.per == "group" else 0
 
-    def _rounded(self, w: Tensor, h: Tensor, keep: Tensor, whole: _Side | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _rounded(
+        self, w: Tensor, keep: Tensor, h: Tensor, g: Tensor | None, whole: _Side | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(values [out, k], scale and zero [out, groups]) of the rows that see the same inputs."""
         k = w.shape[1]
         length = min(self.group, k) if self.per == "group" else k
@@ -113,26 +127,43 @@ class GPTQ(Codec):
         found: list[_Side] = []  # of each group
         if not moving:
             groups, loud = [slice(i, i + length) for i in range(0, k, length)], h.diagonal().to(w.dtype)
-            found = [whole or self._range(w[:, g], keep[:, g], loud[g]) for g in groups]
+            found = [whole or self._range(w[:, at], keep[:, at], loud[at]) for at in groups]
         lines, kept = first.tolist(), keep.T.contiguous()
 
         def round_(column: int, wanted: Tensor) -> Tensor:
-            scale, zero = found[column // length]
-            codes = uniform.quantize(wanted, scale, zero, bits=self.bits, symmetric=self.symmetric)
-            return uniform.dequantize(codes, scale, zero).where(kept[column], 0)
+            return self._nearest(wanted, *found[column // length], kept[column])
 
-        def begin(now: slice, wanted: Tensor) -> feedback.Round:
+        def reached(now: slice, wanted: Tensor) -> None:
             if moving:
                 found.append(self._range(wanted, keep[:, now], cost[now]))
+
+        def down(now: slice, wanted: Tensor) -> feedback.Round:
+            reached(now, wanted)
             return lambda c, wanted: round_(lines[c], wanted)
 
-        values, near = torch.empty_like(w), h.to(w.dtype)
-        values[:, first] = feedback.carried(w[:, first], feed, begin, length if moving else feedback.WIDTH)
-        for _ in range(self.rounds):
+        def across(now: slice, wanted: Tensor) -> feedback.Across:
+            reached(now, wanted)
+            own = [found[c // length] for c in lines[now]]
+            scale, mask = torch.stack([s.expand(len(w)) for s, _ in own], 1), keep[:, first[now]].contiguous()
+            zeros = [z.expand(len(w)) for _, z in own if z is not None]
+            zero = torch.stack(zeros, 1) if zeros else None
+            return lambda line, x: self._nearest(x, line(scale), None if zero is None else line(zero), line(mask))
+
+        values, width, near = torch.empty_like(w), length if moving else feedback.WIDTH, h.to(w.dtype)
+        if g is not None:
+            rows_ = feedback.factor(g)[0].to(w.dtype)
+            values[:, first] = feedback.woven(w[:, first], rows_, feed, across, width)
+        else:
+            values[:, first] = feedback.carried(w[:, first], feed, down, width)
+        for _ in range(self.rounds if g is None else 0):
             values = feedback.descended(w, near, values, round_)
         scale = torch.stack([scale.expand(len(w)) for scale, _ in found], 1)
         zero = [zero.expand(len(w)) for _, zero in found if zero is not None]
         return values, scale, torch.stack(zero, 1) if zero else None
+
+    def _nearest(self, x: Tensor, scale: Tensor, zero: Tensor | None, keep: Tensor) -> Tensor:
+        codes = uniform.quantize(x, scale, zero, bits=self.bits, symmetric=self.symmetric)
+        return uniform.dequantize(codes, scale, zero).where(keep, 0)
 
     def _range(self, x: Tensor, where: Tensor, weight: Tensor | None = None) -> _Side:
         """(scale [r], zero [r]) of rows [r, n], as they are stored."""
