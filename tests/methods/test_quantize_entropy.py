@@ -55,7 +55,7 @@ def divergence(model: nn.Module, other: nn.Module) -> float:
 def test_the_bits_asked_for_are_those_of_the_file(error: str, target: float) -> None:
     found = smelt.compress(net(), [Entropy(target, error=error)], job()).model
     nodes = 8 * 16 * 3 * 3 / 16512  # three that `rest_bytes` counts for each of three weights
-    assert target * 0.96 < bits(found) < target * 1.04 + nodes
+    assert target * 0.96 < bits(found) < target * 1.05 + nodes
 
 
 def test_the_loss_tells_where_bits_count() -> None:
