@@ -57,7 +57,8 @@ def carried(w: Tensor, feed: Tensor, begin: Callable[[slice, Tensor], Round], wi
 
 def _alone(heard: Tensor, own: Tensor) -> Tensor:
     """What to add to columns that hear of errors before them, if they make none of their own: then e feed is 0."""
-    return torch.linalg.solve_triangular(own, heard, upper=True, left=False, unitriangular=True)
+    added: Tensor = torch.linalg.solve_triangular(own, heard, upper=True, left=False, unitriangular=True)
+    return added
 
 
 def descended(w: Tensor, h: Tensor, rounded: Tensor, round_: Round, width: int = WIDTH) -> Tensor:
