@@ -93,14 +93,16 @@ def main() -> int:
     draws, samples, windows = range(5 if args.long else 3), 128, 64
     if args.quick:
         draws, samples, windows = range(1), 16, 8
-    kinds = [("smelt", method) for method in OURS] + [("paper", method) for method in list(OURS)[:3]]
+    methods = ["wanda", "admm"] if args.quick else list(OURS)
+    kinds = [("smelt", method) for method in methods] + [("paper", m) for m in methods if m != "admm"]
     if PEER.exists() and not args.quick:
         kinds += [("llm-compressor", "wanda"), ("llm-compressor", "sparsegpt")]
     elif not PEER.exists():
         print(f"missing peer: llm-compressor, in an environment of its own at {PEER.parent.parent}; see `make peers`")
     keys = [("dense", "", "", 0)]
+    patterns = PATTERNS[1:] if args.quick else PATTERNS
     for draw in draws:
-        for pattern in PATTERNS:
+        for pattern in patterns:
             keys += [(*kind, pattern, draw) for kind in kinds if draw == 0 or kind[1] != "magnitude"]
     cells = [dict(zip(("side", "method", "pattern", "draw"), key, strict=True)) for key in keys]
     cells = [{**c, "samples": samples, "windows": windows} for c in cells]
@@ -113,7 +115,7 @@ def main() -> int:
         Row("dense, perplexity", round(dense["perplexity"], 4), "", "llama-bytes, published", 3.0111, "the same"),
         Row("dense, checkpoint", dense["bytes"], "bytes"),
     ]
-    for pattern in PATTERNS:
+    for pattern in patterns:
         means = {k[1:]: statistics.mean(r["perplexity"] for r in v) for k, v in by.items() if k[0] == pattern}
         peer = min((k for k in means if k[0] != "smelt"), key=lambda k: means[k])
         for side, method in kinds:

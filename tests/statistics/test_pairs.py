@@ -86,16 +86,26 @@ def test_slopes_are_those_of_autograd() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 4, 3, groups=2)
     model = nn.Sequential(conv, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)).eval()
-    data = [(torch.randn(5, 2, 5, 5), torch.randint(0, 3, (5,))) for _ in range(2)]
-    found = of_weights(model, weights(model), ["slopes", "gram"], data, functional.cross_entropy)
+    data = [(torch.randn(5, 2, 5, 5), torch.randn(5, 3)) for _ in range(2)]
+    found = of_weights(model, weights(model), ["slopes", "gram", "gradient"], data, functional.mse_loss)
     expected = {"0.weight": torch.zeros(2, 2, 2), "3.weight": torch.zeros(1, 3, 3)}
     for x, y in data:
         first = conv(x)
         last = model[3](first.relu().flatten(1))
-        a, b = torch.autograd.grad(functional.cross_entropy(last, y), [first, last])
+        a, b = torch.autograd.grad(functional.mse_loss(last, y), [first, last])
         places = a.movedim(1, 3).reshape(-1, 2, 2)
         expected["0.weight"] += torch.einsum("pgi,pgj->gij", places, places) / 2
         expected["3.weight"] += (b.T @ b) / 2
     for name, moments in expected.items():
         torch.testing.assert_close(found[name]["slopes"].float(), moments, rtol=1e-4, atol=1e-7)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_classes_are_drawn_from_the_outputs() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3)
+    data = [(torch.randn(2000, 6), torch.zeros(2000, dtype=torch.int64))]
+    found = of_weights(layer, weights(layer), ["slopes"], data, functional.cross_entropy)["weight"]["slopes"][0]
+    p = layer(data[0][0]).softmax(1).detach().double()
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
+    torch.testing.assert_close(found * 2000, fisher, rtol=0.2, atol=0.02)

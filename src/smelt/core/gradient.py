@@ -60,10 +60,11 @@ class Gradients:
             function(tensor.grad.detach())
         tensor.grad = None
 
-    def backward(self, inputs: Any, labels: Any) -> None:
+    def backward(self, inputs: Any, labels: Any, draw: bool = False) -> None:
         """One forward and backward pass.
 
-        Without labels they are drawn from the model's own outputs, as classes along the last dimension.
+        Without labels they are drawn from the model's own outputs, as classes along the last dimension; with `draw`
+        also in place of labels that are such classes.
 
         Raises:
             ModelError: the forward pass fails.
@@ -71,7 +72,7 @@ class Gradients:
         """
         with torch.enable_grad():
             logits = logits_of(forward_or_raise(self.model, inputs, "while gradients are taken"))
-            if labels is None:
+            if labels is None or (draw and _classes(labels, logits)):
                 labels = self._drawn(logits.detach())
             try:
                 value = self.loss(logits, labels)
@@ -87,6 +88,11 @@ class Gradients:
         flat = logits.float().cpu().reshape(-1, logits.shape[-1]).softmax(1)
         drawn = torch.multinomial(flat, 1, generator=self.generator)
         return drawn.reshape(logits.shape[:-1]).to(logits.device)
+
+
+def _classes(labels: Any, logits: Tensor) -> bool:
+    """Whether labels are numbers of entries in the last dimension."""
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == logits.shape[:-1]
 
 
 def singly(inputs: Any, labels: Any) -> Iterator[tuple[Any, Any]]:

@@ -188,7 +188,7 @@ def gather(
     Args:
         wanted: as for `Watch`.
         batches: what a loader yields; labels are used for gradients only, and drawn from the outputs where there
-            are none (see `Gradients.backward`).
+            are none, and for slopes where they are classes (see `Gradients.backward`).
         limit: number of batches to use; None for all.
         loss: of the task, (outputs, labels) -> scalar; for gradients.
 
@@ -206,11 +206,16 @@ def gather(
     with evaluating(model), watch:
         for item in islice(batches, limit):
             inputs, labels = move(batch(item), device)
-            if whole or slopes:
+            if slopes:
+                assert loss is not None
+                with Gradients(model, [], loss, generator) as gradients:
+                    gradients.backward(inputs, labels, draw=True)
+                watch.paused = True  # it has seen all but gradients
+            if whole:
                 assert loss is not None
                 with Gradients(model, whole, loss, generator) as gradients:
                     gradients.backward(inputs, labels)
-            elif watch.asks("values") or watch.asks("pairs"):
+            elif not slopes and (watch.asks("values") or watch.asks("pairs")):
                 forward_or_raise(model, inputs, "while statistics are gathered")
             watch.paused = True
             for one in islice(singly(inputs, labels), left if single else 0):

@@ -18,8 +18,8 @@ class Slopes(Statistic):
 
     With H the Gram matrix of the inputs, tr(result E H E^T) / 2 estimates what a change E of the weight adds to the
     loss, up to a factor that is the same for all layers (K-FAC: Martens & Grosse 2015, arXiv:1503.05671; convolution:
-    Grosse & Martens 2016, arXiv:1602.01407).  Labels that are drawn from the model's outputs make it an estimate of the
-    Fisher matrix, given ones of the empirical one.
+    Grosse & Martens 2016, arXiv:1602.01407).  Labels that are classes are drawn from the model's outputs, so that it
+    estimates the Fisher matrix and not the empirical one, which is near 0 where the model is right.
     """
 
     of: ClassVar[str] = "slopes"
