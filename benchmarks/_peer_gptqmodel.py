@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def load(folder: str, bits: int, group: int) -> Any:
-    config = QuantizeConfig(bits=bits, group_size=group or -1, sym=False, device="cpu", offload_to_disk=False)
+    # In its first format whole zero points are off by one until the model is written and read again.
+    kind = {"sym": False, "format": "gptq_v2", "device": "cpu", "offload_to_disk": False}
+    config = QuantizeConfig(bits=bits, group_size=group or -1, **kind)
     return GPTQModel.load(folder, config, torch_dtype=torch.float32)
 
 

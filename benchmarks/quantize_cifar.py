@@ -55,7 +55,8 @@ def inputs(bits: int, on: Any = "*", **settings: Any) -> dict[str, Any]:
 
 def rounded(bits: int) -> dict[str, Any]:
     """Inner weights rounded so that errors make up for one another."""
-    settings = {"bits": bits, "symmetric": True, "per": "channel", "scales": "float32", "on": INNER}
+    settings = {"bits": bits, "symmetric": True, "per": "channel", "scales": "float32"}
+    settings |= {"gather": "layer", "on": INNER}
     return {"quantize.gptq": settings}
 
 

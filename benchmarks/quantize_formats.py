@@ -62,6 +62,8 @@ CURVES: dict[str, dict[str, dict[str, Any]]] = {
     "HQQ, groups of 64": _over("quantize.hqq", "bits", (2, 3, 4), scales="float16"),
     "GPTQ, groups of 64": _over("quantize.gptq", "bits", (2, 3, 4)),
     "AdaRound, groups of 64": _over("quantize.adaround", "bits", (2, 3, 4)),
+    "coded, for the weights": _over("quantize.entropy", "bits", (1, 2, 3, 4), error="weights"),
+    "coded, for the outputs": _over("quantize.entropy", "bits", (1, 2, 3, 4), error="outputs"),
 }
 SHORT = ("affine, per channel", "float", "binary", "k-means", "log")
 

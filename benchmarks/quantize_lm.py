@@ -9,8 +9,8 @@ is 128 windows of other text, the same for all, drawn anew for every repetition.
 
 smelt's are those of the written file, loaded again, and its bits per weight those of these layers in it, coded, with
 scales and all.  Peers run in environments of their own; theirs are the bits of their layout, packed without a gap:
-codes, 16 bits for a scale, as many bits as a code for a whole zero point, 16 for another (HQQ).  Seconds are a peer's
-of quantizing alone; smelt's are of the whole recipe.
+codes, 16 bits for a scale, as many bits as a code for a whole zero point, 16 for another (HQQ).  Seconds are of CPU
+time: a peer's of quantizing alone, smelt's of the whole recipe with the writing of the file.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ from smelt.core.target import targets
 
 ON = "model.layers.*"
 BITS = (4, 3, 2)
-OURS = ("affine", "affine mse", "hqq", "gptq", "awq", "adaround")
+OURS = ("affine", "affine mse", "hqq", "gptq", "gptq loss", "awq", "adaround")
 # Bits per weight that the rate-distortion quantizer is asked for.
 CURVE = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 # What takes minutes, and is run on one draw.
-SLOW = ("200", "1000", "awq")
+SLOW = ("1000", "awq")
 # Most of 4 and 3 bits' bytes that the coded quantizer may take for the same perplexity.
 FEWER = {4: 15, 3: 20}
 
 
 def recipe(method: str, bits: float, group: int) -> dict[str, Any]:
     """All in the dtypes of the peers: scales of 16 bits."""
-    key = {"affine mse": "affine", "coded": "entropy"}.get(method, method)
+    key = {"affine mse": "affine", "gptq loss": "gptq", "coded": "entropy"}.get(method, method)
     per: dict[str, Any] = {"per": "group", "group": group} if group else {"per": "channel"}
     settings: dict[str, Any] = {"bits": bits, **per, "scales": "float16"}
     if key == "affine":
         settings |= {"symmetric": False, "zero": "whole", "range": "mse" if method == "affine mse" else "minmax"}
+    elif method == "gptq loss":
+        settings["error"] = "loss"
     elif method == "awq":
         settings = {"bits": bits, "group": group or 1 << 31}
     elif method == "coded":
@@ -78,18 +80,19 @@ def cell(
     return found
 
 
-def _own(steps: dict[str, Any], model: str, folder: Path, ids: torch.Tensor, windows: int) -> dict[str, Any]:
+def _own(steps: dict[str, Any], name: str, folder: Path, ids: torch.Tensor, windows: int) -> dict[str, Any]:
     data = smelt.Data(train=smelt.Batches(ids, batch_size=max(1, len(ids) // 16)))
-    start = time.perf_counter()
-    result = smelt.compress(_llama.read(folder), steps, smelt.Job(data=data, latency=False))
-    seconds = time.perf_counter() - start
+    model = _llama.read(folder)
+    start = time.process_time()
+    result = smelt.compress(model, steps, smelt.Job(data=data, latency=False))
+    seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as place:
         size = result.save(Path(place) / "model.smelt")
         loaded = smelt.load(Path(place) / "model.smelt", into=_llama.read(folder))
     held = store_of(loaded)
     of = [t for t in targets(loaded) if t.name.startswith("model.layers.") and t.is_weight]
     stored = sum(rest_bytes(pack(held.entries[t.name].encoded, held.tails.get(t.name, ()))) for t in of)
-    perplexity = TEXT[model].perplexity(loaded, folder, windows)
+    perplexity = TEXT[name].perplexity(loaded, folder, windows)
     each = 8 * stored / sum(t.tensor.numel() for t in of)
     return {"perplexity": perplexity, "bits": each, "seconds": seconds, "bytes": size}
 
@@ -113,13 +116,15 @@ def plan(args: Any, models: list[str], peers: list[tuple[str, str, bool]]) -> li
         for group in groups[: 1 if args.quick else None]:
             many = draws if group == groups[0] and model == "llama-bytes" else range(1)
             for method in OURS:
-                if (method == "awq" and not group) or (args.quick and model == "llama-bytes" and method != "gptq"):
+                if (method in ("gptq loss", "awq", "adaround") and group != groups[0]) or (
+                    args.quick and model == "llama-bytes" and method != "gptq"
+                ):
                     continue
-                moved = method in ("gptq", "awq", "adaround")
+                moved = method in ("gptq", "gptq loss", "awq", "adaround")
                 add(model, "smelt", method, group, many if moved else range(1), BITS[: 2 if args.quick else None])
             for peer, method, moved in peers if not args.quick else ():
-                slow = peer in ("auto-round", "gptqmodel", "llm-compressor") and many != draws
-                if not (slow and model == "llama-bytes"):
+                slow = peer in ("auto-round", "gptqmodel", "llm-compressor") or method == "awq"
+                if group == groups[0] or not slow or args.long:
                     add(model, peer, method, group, many if moved and method not in SLOW else range(1), BITS)
         if args.long and peers:
             add(model, "auto-round", "1000", groups[0], range(1), BITS)

@@ -64,7 +64,7 @@ class GPTQ(Codec):
     )
     spread: float = setting(0.3, "share of the mean diagonal of G added to its diagonal", low=1e-8, high=10)
     original: bool = setting(True, "aim at the outputs of the model before this step, not at those on inputs as now")
-    gather: str = setting("layer", "what is rounded between two runs of the data", choices=("block", "layer"))
+    gather: str = setting("block", "what is rounded between two runs of the data", choices=("block", "layer"))
     damp: float = setting(0.01, "share of the mean diagonal of H added to its diagonal", low=1e-8, high=1)
 
     def refuses(self, target: Target) -> str | None:
