@@ -13,9 +13,10 @@ import smelt
 from smelt.core import shelf
 from smelt.core.errors import RecipeError, RuleError
 from smelt.core.method import Composite, make
-from smelt.core.recipe import Recipe, Step, Train
+from smelt.core.recipe import Recipe, Step
 from smelt.core.settings import Ramp, setting
 from smelt.core.store import store_of
+from smelt.core.train import Train
 from smelt.reports._methods import described
 from tests.conftest import mlp
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import smelt
@@ -33,6 +34,7 @@ def floor(part: str) -> int:
     return next(i for i, parts in enumerate(FLOORS) if part in parts)
 
 
+@cache
 def modules() -> dict[str, Path]:
     return {
         ".".join(("smelt", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p
@@ -40,6 +42,7 @@ def modules() -> dict[str, Path]:
     }
 
 
+@cache
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
     tree = ast.parse(path.read_text())

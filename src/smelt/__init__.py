@@ -36,6 +36,7 @@ from smelt.core.source import Source as Source
 from smelt.data._read import open_data as open_data
 from smelt.formats._open import load_file as load_file
 from smelt.formats._open import open as open
+from smelt.formats._tensors import save_file as save_file
 from smelt.formats.pack import pack as pack
 from smelt.formats.pack import unpack as unpack
 from smelt.formats.smelt import load as load

@@ -23,7 +23,7 @@ from smelt.core.job import Job
 from smelt.core.method import Method
 from smelt.core.named import function_at
 from smelt.core.output import check_output
-from smelt.core.recipe import Recipe, Train
+from smelt.core.recipe import LOOPS, Recipe
 from smelt.core.source import Source
 from smelt.core.store import store_of
 from smelt.core.yaml_text import to_yaml
@@ -87,11 +87,16 @@ def _compress(args: argparse.Namespace) -> None:
         device=args.device,
         seed=args.seed,
         cache=cache,
+        checkpoint=args.checkpoint,
+        log=args.log,
         latency=not args.no_latency,
         threads=args.threads,
     )
+    first = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
     with terminal.TerminalProgress() as progress:
-        result = compress(source, recipe, job, progress=progress)
+        result = compress(source, recipe, job, progress=progress if first else None)
+    if not first:
+        return
     size = result.save(args.output, force=args.force)
     if args.report:
         html.write(result.report, args.report, title=f"{Path(args.model).name}, {recipe.name}", force=args.force)
@@ -176,8 +181,8 @@ def _show(args: argparse.Namespace) -> None:
 
 def _methods(args: argparse.Namespace) -> None:
     names = [n for n in shelf.names("methods") if args.name in (None, n) or n.startswith(f"{args.name}.")]
-    if args.name == "train":
-        found = {"train": described("train", Train)}
+    if args.name in LOOPS:
+        found = {args.name: described(args.name, LOOPS[args.name])}
     elif args.name and not names:
         shelf.module("methods", args.name)  # raises, and says what is near
     else:
@@ -297,6 +302,10 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--teacher-weights", metavar="FILE", help="the teacher's weights")
     c.add_argument("--cache", type=Path, metavar="DIR", help="where steps are kept ($SMELT_CACHE, else ~/.cache/smelt)")
     c.add_argument("--no-cache", action="store_true", help="keep nothing; an interrupted run starts anew")
+    c.add_argument(
+        "--checkpoint", type=float, default=Job.checkpoint, metavar="MINUTES", help="between two states of a train step"
+    )
+    c.add_argument("--log", type=Path, metavar="PATH", help="of training: a .csv file, or a folder for TensorBoard")
 
     m = verb("measure", _measure, "measure a model or a .smelt file")
     model_options(m)
@@ -307,7 +316,10 @@ def _parser() -> argparse.ArgumentParser:
 
     t = verb("methods", _methods, "compare the methods, or show one with its settings")
     t.add_argument(
-        "name", nargs="?", metavar="NAME", help="a method such as share.kmeans, a group such as prune, or train"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="a method such as share.kmeans, a group such as prune, train, or recover",
     )
 
     d = verb(

@@ -34,11 +34,12 @@ from smelt.core.job import Job
 from smelt.core.method import Codec, Known, Lossless, Objective, Rewrite
 from smelt.core.output import replacing
 from smelt.core.progress import Progress
-from smelt.core.recipe import Recipe, Step, Train
+from smelt.core.recipe import Recipe, Step
 from smelt.core.report import Report, Row
 from smelt.core.source import Source
 from smelt.core.store import has_store, store_of, strip
 from smelt.core.target import check_finite, check_usable, select, targets
+from smelt.core.train import Recover, Train
 from smelt.formats import smelt as smelt_file
 from smelt.measure import conditions, examples, measure, metric_name
 from smelt.measures.accuracy import evaluate, higher_is_better
@@ -228,13 +229,16 @@ class _Run:
         if isinstance(step.act, Train):
             loop = Loop(
                 self.job.data or Data(),
-                self.job.teacher or self.given,
+                self.given if isinstance(step.act, Recover) else self.job.teacher or self.given,
                 self.job.loss,
                 self._score(),
                 self.job.device,
                 self.job.seed,
                 stem.with_suffix(".training") if self.keys else None,
                 self.tail,
+                self.job.checkpoint,
+                Path(self.job.log) if self.job.log else None,
+                int(label.partition(":")[0]),
             )
             return fit(model, step, loop, self.progress)
         if isinstance(step.act, Lossless):

@@ -18,9 +18,10 @@ from smelt.core.errors import FileError, OutputError
 from smelt.core.job import Job
 from smelt.core.output import check_output
 from smelt.core.progress import Progress
-from smelt.core.recipe import Recipe, Step, Train
+from smelt.core.recipe import Recipe, Step
 from smelt.core.report import Report
 from smelt.core.source import Source
+from smelt.core.train import Train
 from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
 from smelt.measures.accuracy import evaluate

@@ -47,7 +47,7 @@ def test_sides_take_turns():
 
 def test_the_spread_is_the_quartiles(monkeypatch):
     clock = iter([0, 0.001, 1, 1.002, 2, 2.003, 3, 3.004, 4, 4.005])
-    monkeypatch.setattr("smelt.measures.latency.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("smelt.core.clock.perf_counter", lambda: next(clock))
     found = latencies({"a": lambda: None}, repeats=5, warmup=0)["a"]
     assert (found.low, found.median, found.high) == pytest.approx((2, 3, 4))
     assert str(Spread(3, 2, 4, 5, 1)) == "3 ms (2..4)"

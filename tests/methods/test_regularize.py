@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import smelt
 from smelt.core.errors import DataError, ModelError, RecipeError, RuleError
-from smelt.core.method import Objective, Seen, Weight
+from smelt.core.method import Known, Look, Objective, Seen, Weight
 from smelt.core.recipe import Recipe
 from smelt.core.settings import Ramp
 from smelt.methods.prune.weights import Weights
@@ -237,11 +237,8 @@ class Hint(Objective):
 
     needs_teacher = True
 
-    def features(self) -> tuple[str, ...]:
-        return ("1",)
-
-    def teacher_features(self) -> tuple[str, ...]:
-        return ("0",)
+    def look(self, model: nn.Module, teacher: Any, known: Known) -> Look:
+        return Look(("1",), ("0",))
 
     def loss(self, seen: Seen) -> Tensor:
         loss: Tensor = (seen.features["1"] - seen.teacher_features["0"]).square().mean()

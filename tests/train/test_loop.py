@@ -10,10 +10,12 @@ import smelt
 from smelt.core.data import Batches, Data
 from smelt.core.errors import DataError, ModelError
 from smelt.core.progress import Progress
-from smelt.core.recipe import Recipe, Step, Train
+from smelt.core.recipe import Recipe, Step
 from smelt.core.store import store_of
+from smelt.core.train import Train
 from smelt.measures.accuracy import evaluate
-from smelt.train.loop import Loop, fit, rate
+from smelt.train.loop import Loop, fit
+from smelt.train.rates import rate
 from tests.conftest import mlp
 
 

@@ -7,6 +7,7 @@
     members(path, index)                 keep these members of a ModuleList, which close ranks
     tie(a, b)                            tensor b becomes tensor a
     fill(tensor, value)                  new values; not recorded, since in a file they are the leaves
+    stored(tensor, encoded)              a tensor is stored as a tree; not recorded, since the file holds it
     note(tensor, reason)                 nothing; the report says why a tensor is left as it is; not recorded
 
 A file records them and loading replays them on the `meta` device, then fills the leaves.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core import shelf
+from smelt.core.encoded import Encoded
 from smelt.core.errors import FileError, ModelError
 from smelt.core.target import Target, targets
 
@@ -194,6 +196,22 @@ class Fill(Edit):
 
     def touches(self, model: nn.Module) -> set[str]:
         return {find(model, self.tensor).name}
+
+
+@dataclass(frozen=True)
+class Stored(Edit):
+    """For tensors that other edits bring in; `store.apply_edits` lets them be what `encoded` says."""
+
+    kind = "stored"
+    recorded = False
+    tensor: str
+    encoded: Encoded = field(repr=False, compare=False)
+
+    def apply(self, model: nn.Module) -> None:
+        Fill(self.tensor, self.encoded.decode()).apply(model)
+
+    def touches(self, model: nn.Module) -> set[str]:
+        return {self.tensor}
 
 
 @dataclass(frozen=True)

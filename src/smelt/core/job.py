@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class Job:
         squared error.
     teacher: a module or function giving logits for distillation; default is a copy of the model as it came.
     cache: folder for the states of interrupted or edited runs; None switches it off.
+    checkpoint: minutes between two states of a train step, which lie in the cache, beside those after each epoch.
+    log: of train steps, a CSV file, or else a folder for TensorBoard (which needs the extra `tensorboard`).
     latency: whether to time the loaded model after every step.
     threads: for latency; None leaves the setting of torch.
 
@@ -40,6 +43,8 @@ class Job:
     device: str = "cpu"
     seed: int = 0
     cache: Path | str | None = None
+    checkpoint: float = 10.0
+    log: Path | str | None = None
     latency: bool = True
     threads: int | None = None
 
@@ -48,6 +53,8 @@ class Job:
         if not isinstance(self.metric, str) and not callable(self.metric):
             raise DataError(f"metric is {self.metric!r}; give a name such as 'accuracy', or a function")
         self.device = str(self.device)
+        if self.device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher started this process, one for each
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(self.device)
 
 

@@ -182,7 +182,8 @@ class Codec(Method, ABC):
         moving); otherwise it is fitted anew every epoch until the end.
     `renews`: inside `train`, a state that learns is fitted anew, too; `fit` then changes `stats.inside.before` and
         returns it, so that its parameters stay the same ones.
-    `places`: which of 'weight', 'input', 'output' the codec serves.
+    `places`: which of 'weight', 'input', 'output', 'saved' the codec serves; at saved it gets flat values, and is
+        asked to `fit` them with nothing gathered.
     """
 
     lossless: ClassVar[bool] = False
@@ -289,6 +290,20 @@ class Weight(Values):
 
 
 @dataclass(frozen=True)
+class Look:
+    """What an objective looks at besides the outputs, and what it holds.
+
+    features, teacher_features: paths of the modules of the model and of the teacher whose outputs it wants to see.
+    state: what it learns or remembers, a projector; it trains with the model and lies in the checkpoints of the loop,
+        never in the model's file.
+    """
+
+    features: tuple[str, ...] = ()
+    teacher_features: tuple[str, ...] = ()
+    state: State | None = None
+
+
+@dataclass(frozen=True)
 class Seen:
     """What one training step has seen; handed to every objective.
 
@@ -297,6 +312,9 @@ class Seen:
     hard: the task's loss on the labels (a scalar), or None when there are none.
     weights: name -> what the objective's selector names, if it `needs_weights`.
     features, teacher_features: module path -> what that module gave, for those the objective asked for.
+    look: what its `look` gave.
+    counts: bool mask in the layout of the outputs, without their last dimension, of those that count in a batch that
+        `prepare` made; else None.
     """
 
     inputs: Any
@@ -307,6 +325,8 @@ class Seen:
     weights: Mapping[str, Weight] = field(default_factory=dict)
     features: Mapping[str, Any] = field(default_factory=dict)
     teacher_features: Mapping[str, Any] = field(default_factory=dict)
+    look: Look = field(default_factory=Look)
+    counts: Tensor | None = None
 
 
 class Objective(Method, ABC):
@@ -324,13 +344,19 @@ class Objective(Method, ABC):
         """Why it does not look at this target, or None."""
         return None
 
-    def features(self) -> tuple[str, ...]:
-        """Paths of the modules of the model whose outputs it wants to see."""
-        return ()
+    def look(self, model: nn.Module, teacher: Any, known: Known) -> Look:
+        """Asked once, before training begins."""
+        return Look()
 
-    def teacher_features(self) -> tuple[str, ...]:
-        """The same of the teacher."""
-        return ()
+    def prepare(
+        self, model: nn.Module, inputs: Any, labels: Any, generator: torch.Generator
+    ) -> tuple[Any, Tensor] | None:
+        """What the model and the teacher are run on instead of a batch, and which outputs `counts`; None to leave it.
+
+        Args:
+            generator: for what is drawn, on the CPU; another one for every batch.
+        """
+        return None
 
     def hard_weight(self) -> float:
         """Factor of the task's own loss while this objective acts (distillation: alpha)."""

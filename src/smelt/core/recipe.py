@@ -10,7 +10,8 @@
       - code.entropy: {}
 
 Key = name on the shelf `methods/`; mapping = its settings; `on` (a selector) and `at` belong to the step,
-and so do the words of choice.py.  A `Composite` is replaced by the steps that it stands for.
+and so do the words of choice.py.  A `Composite` is replaced by the steps that it stands for.  `recover: {...}` of a
+step stands for a step `recover` after it.
 """
 
 from __future__ import annotations
@@ -26,40 +27,9 @@ from smelt.core import shelf
 from smelt.core.choice import Choice, merged, taken
 from smelt.core.errors import RecipeError, RuleError, nearest
 from smelt.core.method import Codec, Composite, Method, Objective, make
-from smelt.core.settings import Ramp, build, check, ramps, setting
+from smelt.core.settings import Ramp, build, ramps
+from smelt.core.train import Recover, Train
 from smelt.core.yaml_text import parse, read, short, to_yaml
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "constant", "linear")
-
-
-@dataclass(frozen=True)
-class Train:
-    """Tune the floating leaves of what is stored, and all that is not, with the pieces under `with` acting together."""
-
-    epochs: int = setting(5, "passes over the training data", low=1)
-    lr: float = setting(1e-3, "peak learning rate", low=0)
-    optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, "momentum (sgd) or beta1 (adam)", low=0, high=1)
-    weight_decay: float = setting(0.0, "weight decay of the optimizer", low=0)
-    schedule: str = setting("cosine", "learning rate over the loop, from the peak to zero", choices=SCHEDULES)
-    warmup: float = setting(0.0, "share of the loop in which the rate rises from zero", low=0, high=1)
-    clip: float | None = setting(None, "largest gradient norm", low=0)
-    precision: str = setting(
-        "float32", "arithmetic of the forward passes, the teacher's too", choices=("float32", "bfloat16")
-    )
-    hold_out: float = setting(0.1, "share of the training data held out for selection", low=0, high=0.5)
-    keep: str = setting("best", "which weights are kept: best on the held-out split, or last", choices=("best", "last"))
-    patience: int | None = setting(None, "epochs without improvement before it stops", low=1)
-    refresh: float = setting(0.01, "share of the loop between two updates of what ramps", low=0, high=1)
-    hard: float = setting(1.0, "weight of the task's own loss on the labels", low=0)
-
-    def __post_init__(self) -> None:
-        for name in ramps(self):
-            raise RecipeError(f"train.{name} cannot ramp; what ramps is a setting of a method under 'with'")
-        check(self, "train")
-        if self.momentum >= 1 and self.optimizer != "sgd":
-            raise RecipeError(f"train.momentum is {self.momentum}; {self.optimizer} takes it as beta1, below 1")
 
 
 @dataclass(frozen=True)
@@ -80,7 +50,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        return self.act.name if isinstance(self.act, Method) else "train"
+        return self.act.name
 
     @property
     def title(self) -> str:
@@ -100,7 +70,7 @@ class Step:
             settings["on"] = self.on[0] if len(self.on) == 1 else list(self.on)
         if self.at != "weight":
             settings["at"] = self.at
-        if self.pieces:
+        if self.pieces and not (isinstance(self.act, Train) and _usual(self.act, self.pieces)):
             settings["with"] = [piece.to_plain() for piece in self.pieces]
         return {self.key: settings}
 
@@ -197,7 +167,8 @@ def _step(item: Any, where: _Where, around: _Around) -> tuple[Step, ...]:
     if isinstance(item, (Method, Train)):
         item = Step(item)
     if isinstance(item, Step):
-        pieces = _all(item.pieces, where, replace(around, inside=True))
+        pieces = item.pieces or (item.act.pieces if isinstance(item.act, Train) else ())
+        pieces = _all(pieces, where, replace(around, inside=True))
         at = around.at if item.at == "weight" else item.at
         return _placed(replace(item, on=item.on or around.on, at=at, pieces=pieces), where, around)
     if isinstance(item, str):
@@ -212,24 +183,50 @@ def _step(item: Any, where: _Where, around: _Around) -> tuple[Step, ...]:
     if not isinstance(settings, Mapping):
         raise RecipeError(f"{here}: the settings of {key} are a mapping, not {short(settings)}")
     given = dict(settings)
-    if key == "train":
-        inner = given.pop("with", None) or []
-        if not isinstance(inner, Sequence) or isinstance(inner, str):
-            raise RecipeError(f"{here / 'with'}: 'with' is a list of methods, not {short(inner)}")
-        pieces = _all(inner, here / "with", replace(around, inside=True))
-        return _placed(Step(_located(lambda: build(Train, given, "train"), here, given), pieces=pieces), here, around)
-    if key in ("recover",):
-        raise RecipeError(f"{here}: {key!r} is a reserved word; write train with distill.logits to recover accuracy")
+    if key in LOOPS:
+        return _placed(_loop(LOOPS[key], given, here, around), here, around)
+    if "recover" in given:
+        after = given.pop("recover")
+        return _recovered(key, given, {} if after is None else after, here, around)
     on = _selector(given.pop("on"), here / "on") if "on" in given else around.on
     at = given.pop("at", around.at)
     if str(key) not in (known := shelf.names("methods")):
-        raise RecipeError(f"{here}: no method {str(key)!r}{nearest(str(key), [*known, 'train'])}")
+        raise RecipeError(f"{here}: no method {str(key)!r}{nearest(str(key), [*known, *LOOPS])}")
     cls, choice = shelf.load("methods", str(key), Method), None
     if issubclass(cls, (Codec, Composite)):
         given, choice = taken(given, str(key), here)
     values = [given] if choice is None else [{**given, choice.name: value} for value in choice.values]
     acts = [_located(lambda v=v: make(str(key), v), here, given) for v in values]
     return _placed(Step(acts[0], on, at, choice=choice), here, around)
+
+
+LOOPS: dict[str, type[Train]] = {"train": Train, "recover": Recover}
+
+
+def _usual(act: Train, pieces: Sequence[Step]) -> bool:
+    """Whether these are the pieces that such a step has when none are named."""
+    return [piece.to_plain() for piece in pieces] == list(act.pieces)
+
+
+def _loop(kind: type[Train], given: dict[str, Any], where: _Where, around: _Around) -> Step:
+    inner = given.pop("with", None) or list(kind.pieces)
+    if not isinstance(inner, Sequence) or isinstance(inner, str):
+        raise RecipeError(f"{where / 'with'}: 'with' is a list of methods, not {short(inner)}")
+    pieces = _all(inner, where / "with", replace(around, inside=True))
+    return Step(_located(lambda: build(kind, given, kind.name), where, given), pieces=pieces)
+
+
+def _recovered(key: Any, given: dict[str, Any], after: Any, where: _Where, around: _Around) -> tuple[Step, ...]:
+    """The steps that are left of a step without its `recover`, and that one."""
+    here = where / "recover"
+    if not isinstance(after, Mapping):
+        raise RecipeError(f"{here}: recover takes settings, as train does; {{}} for short ones, not {short(after)}")
+    if around.inside:
+        raise RuleError(f"{here}: inside train nothing is lost yet; put recover after train")
+    steps = _step({key: given}, _Where(where.name, where.lines, where.path[:-1]), around)
+    if all(isinstance(step.act, Codec) and step.act.lossless for step in steps):
+        raise RuleError(f"{here}: {key} loses nothing, so there is nothing to recover")
+    return (*steps, *_placed(_loop(Recover, dict(after), here, _Around()), here, _Around()))
 
 
 def _placed(step: Step, where: _Where, around: _Around) -> tuple[Step, ...]:
@@ -246,7 +243,7 @@ def _placed(step: Step, where: _Where, around: _Around) -> tuple[Step, ...]:
             _check_place(one, where, around.inside)
         return steps
     if isinstance(act, Train) and around.inside:
-        raise RecipeError(f"{where}: a train step cannot stand inside another")
+        raise RecipeError(f"{where}: a {act.name} step cannot stand inside another")
     if isinstance(act, Train) or (isinstance(act, Objective) and not act.needs_weights and around.on):
         step = replace(step, on=())  # who inherits a selector need not look at weights
     step = replace(step, place=step.place or str(where), origin=step.origin or around.origin)
@@ -288,6 +285,8 @@ def _check_place(step: Step, where: _Where, inside: bool) -> None:
     places = act.places if isinstance(act, Codec) else ("weight",)
     if step.at not in places:
         raise RecipeError(f"{where}: {step.key} does not act at {step.at!r}{nearest(str(step.at), places)}")
+    if step.at == "saved" and not inside:
+        raise RuleError(f"{where}: {step.key} at saved stores what a training step keeps; put it under train: with:")
 
 
 def _located(make_it: Any, where: _Where, given: Mapping[str, Any]) -> Any:

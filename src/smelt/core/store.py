@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smelt.core.edit import Edit, apply_all
+from smelt.core.edit import Edit, Stored, apply_all, find
 from smelt.core.encoded import Encoded
 from smelt.core.errors import ModelError, RuleError
 from smelt.core.method import Codec, Lossless, State
@@ -180,6 +180,9 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], step: str) -> None:
             first = held.entries[hit[0]].steps[0]
             raise RuleError(f"{step} changes {hit[0]}, which {first} has already stored; put {step} before {first}")
     apply_all(model, edits)
+    for edit in edits:
+        if isinstance(edit, Stored):
+            store(model, find(model, edit.tensor), edit.encoded, step)
     held.edits += [edit for edit in edits if edit.recorded]
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,7 +35,12 @@ class _Stop(BaseException):
 
 
 def walk(
-    model: nn.Module, members: Sequence[Target], batches: Iterable[Any], limit: int | None, order: str
+    model: nn.Module,
+    members: Sequence[Target],
+    batches: Iterable[Any],
+    limit: int | None,
+    order: str,
+    pairs: bool = False,
 ) -> Iterator[tuple[list[Target], Gather]]:
     """(members of a part, function that gathers statistics of values for them), part by part.
 
@@ -43,6 +50,7 @@ def walk(
     Args:
         limit: number of batches to use; None for all.
         order: 'block': the layers of a block are one part; 'layer': only those that have their input in common.
+        pairs: members may change before statistics of pairs are gathered for the first time.
 
     Raises:
         DataError: no batches.
@@ -55,8 +63,57 @@ def walk(
     with evaluating(model):
         scan = _Scan(model, members, move(inputs[0], device))
         runner = _Runner(model, inputs, device, scan, members)
+        if pairs:
+            runner.keep()
         for block, part in scan.parts(members, order):
             yield part, lambda names, block=block, part=part: runner.gather(block, part, names)  # type: ignore[misc]
+
+
+@dataclass
+class Block:
+    """A block of a model, or a layer outside of them.
+
+    members: those of the walk that stand in it, and `gather` as `walk` gives it.
+    calls: what it is called with now, for every batch (its first call, where a pass has several).
+    aims: the first tensor that the same module of another model gives on what enters it there.
+    """
+
+    path: str
+    members: list[Target]
+    gather: Gather
+    calls: list[Call]
+    aims: list[Tensor]
+
+
+def rebuilt(
+    model: nn.Module, original: nn.Module, members: Sequence[Target], batches: Iterable[Any], limit: int | None
+) -> Iterator[Block]:
+    """The blocks that hold members, in order, with what each ought to give: what it gives in the `original`.
+
+    What is done to a block before the next is asked for is what that one sees.  Raises as `walk`, and ModelError: the
+    original has no such module.
+    """
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), "cpu")
+    inputs = [batch(item)[0] for item in islice(batches, limit)]
+    if not inputs:
+        raise DataError("there is no calibration batch")
+    with evaluating(model), evaluating(original):
+        scan = _Scan(model, members, move(inputs[0], device))
+        runner = _Runner(model, inputs, device, scan, members)
+        runner.keep()
+        aim = _Stage(original, inputs, device, _Scan(original, [], move(inputs[0], device)))
+        for block, part in scan.parts(members, "block"):
+            for path in [block] if block is not None else dict.fromkeys(t.places[0][0] for t in part):
+                own = part if block is not None else [t for t in part if t.places[0][0] == path]
+                runner.now.go(path)
+                aim.go(path)
+                yield Block(path, own, partial(runner.gather, block, own), runner.now.held, aim.outputs())
+
+
+def fresh(call: Call) -> Call:
+    """The same call with copies of whatever is neither tensor nor plain: a cache of keys, say, that a run fills."""
+    args, kwargs = call
+    return tuple(_copied(a) for a in args), {k: _copied(v) for k, v in kwargs.items()}
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -133,6 +190,11 @@ class _Scan:
         path = target.places[0][0]
         return next((b for b in self.blocks if path == b or path.startswith(f"{b}.")), None)
 
+    def ends(self, block: str | None, part: Sequence[Target]) -> bool:
+        """Whether the layer of the block that is called last is in the part: then little is left to run after it."""
+        inside = [path for path in self.calls if block is not None and path.startswith(f"{block}.")]
+        return bool(inside) and inside[-1] in {t.places[0][0] for t in part}
+
     def parts(self, members: Sequence[Target], order: str) -> Iterator[tuple[str | None, list[Target]]]:
         """(block or None, members) in the order in which they run; what did not run comes last."""
         late = len(self.calls)
@@ -167,19 +229,24 @@ class _Runner:
         pairs = watch.asks("pairs")
         self.now.go(block)
         if pairs:
-            self.untouched = self.untouched or [t.tensor.detach().clone() for t in self.members]
+            self.keep()
             with self._as_before():
                 self.before.go(block)
+        whole = self.scan.ends(block, part)
         with watch:
             for index in range(len(self.now.inputs)):
                 if pairs:
                     watch.before, watch.paused = {path: [] for path in paths}, True
                     with self._as_before():
-                        self.before.reach(block, index, paths, watch.before)
+                        self.before.reach(block, index, paths, watch.before, whole)
                     watch.paused = False
                 self.now.reach(block, index, paths)
         found = watch.result()
         return {t.name: taken(found, leaders[t.name], names) for t in part}
+
+    def keep(self) -> None:
+        """Know the members as they are now, unless an earlier state is known."""
+        self.untouched = self.untouched or [t.tensor.detach().clone() for t in self.members]
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -213,11 +280,20 @@ class _Stage:
         self.model, self.inputs, self.device, self.scan = model, inputs, device, scan
         self.held: list[Call] = []
         self.at: str | None = None  # the block that `held` enters
+        self.left: dict[int, Any] = {}  # what that block gave for a batch, where it was run to its end
 
     def reach(
-        self, block: str | None, index: int, paths: Sequence[str], seen: dict[str, list[Tensor]] | None = None
+        self,
+        block: str | None,
+        index: int,
+        paths: Sequence[str],
+        seen: dict[str, list[Tensor]] | None = None,
+        whole: bool = False,
     ) -> None:
-        """Run one batch until the last of the modules is called; `seen` takes what they are called with."""
+        """Run one batch until the last of the modules is called; `seen` takes what they are called with.
+
+        whole: run the block to its end and keep what it gave; for a model that does not change meanwhile.
+        """
         left = sum(self.scan.calls.count(path) for path in paths)
 
         def passed(args: Any, kwargs: Any, path: str) -> None:
@@ -225,7 +301,7 @@ class _Stage:
             left -= 1
             if seen is not None:
                 seen[path] += [x for x in islice((x for x in tensors((args, kwargs)) if x.is_floating_point()), 1)]
-            if left == 0:
+            if left == 0 and not whole:
                 raise _Stop
 
         with ExitStack() as hooks:
@@ -234,13 +310,15 @@ class _Stage:
                     lambda _, args, kwargs, path=path: passed(args, kwargs, path), with_kwargs=True
                 )
                 hooks.callback(handle.remove)
-            self._run(block, index)
+            out = self._run(block, index)
+        if whole:
+            self.left[index] = _hidden(out)
 
     def _run(self, block: str | None, index: int) -> Any:
         try:
             if block is None:
                 return forward_or_raise(self.model, move(self.inputs[index], self.device), DOING)
-            args, kwargs = _fresh(self.held[index])
+            args, kwargs = fresh(self.held[index])
             try:
                 return submodule(self.model, block)(*args, **kwargs)
             except Exception as error:
@@ -253,13 +331,13 @@ class _Stage:
         if block is None or self.at == block:
             return
         order = self.scan.blocks
-        start = order.index(self.at) + 1 if self.at is not None else len(order)
-        between = order[start : order.index(block) + 1]
+        start = order.index(self.at) + 1 if self.at in order else len(order)
+        between = order[start : order.index(block) + 1] if block in order else []
         if not between or not all(path in self.scan.fed for path in between):
             return self._catch(block)
         for path in between:
             for index, (args, kwargs) in enumerate(self.held):
-                new = _hidden(self._run(self.at, index))
+                new = self.left.pop(index) if index in self.left else _hidden(self._run(self.at, index))
                 at = self.scan.fed[path]
                 if isinstance(at, int):
                     self.held[index] = ((*args[:at], new, *args[at + 1 :]), kwargs)
@@ -267,11 +345,18 @@ class _Stage:
                     self.held[index] = (args, {**kwargs, at: new})
             self.at = path
 
+    def outputs(self) -> list[Tensor]:
+        """What the block gives for every batch.  Raises ModelError: no tensor."""
+        self.left = {index: _hidden(self._run(self.at, index)) for index in range(len(self.held))}
+        if any(x is None or not x.is_floating_point() for x in self.left.values()):
+            raise ModelError(f"{self.at} gives no floating tensor that what is learned could be compared with")
+        return list(self.left.values())
+
     def _catch(self, block: str) -> None:
-        self.held, self.at = [], block
+        self.held, self.at, self.left = [], block, {}
 
         def caught(_: Any, args: Any, kwargs: Any) -> None:
-            self.held.append(_fresh((args, kwargs)))
+            self.held.append(fresh((args, kwargs)))
             raise _Stop
 
         handle = submodule(self.model, block).register_forward_pre_hook(caught, with_kwargs=True)
@@ -302,12 +387,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)) and type(a) is type(b):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and bool(a == b))
-
-
-def _fresh(call: Call) -> Call:
-    """The same call with copies of whatever is neither tensor nor plain: a cache of keys, say, that a run fills."""
-    args, kwargs = call
-    return tuple(_copied(a) for a in args), {k: _copied(v) for k, v in kwargs.items()}
 
 
 def _copied(value: Any) -> Any:

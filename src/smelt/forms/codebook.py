@@ -31,10 +31,9 @@ class Codebook(Form):
         """The tensor, in the codebook's dtype.  Raises FileError: an index is not in the codebook (on the CPU)."""
         in_layout(self, "indices", parts["indices"], shape)
         try:
-            dense: Tensor = _Lookup.apply(parts["codebook"], parts["indices"])
+            return lookup(parts["codebook"], parts["indices"])
         except IndexError:
             raise FileError("form 'codebook': an index is not in the codebook") from None
-        return dense
 
     def check(self, parts: Claims, shape: torch.Size, dtype: torch.dtype) -> None:
         exactly(self, parts, shape, "codebook", "indices")
@@ -53,17 +52,24 @@ class Codebook(Form):
         return encoded
 
 
+def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
+    """codebook[indices], of a codebook [k, ...] on the CPU with IndexError for an index that it does not have."""
+    found: Tensor = _Lookup.apply(codebook, indices)
+    return found
+
+
 class _Lookup(torch.autograd.Function):
-    """codebook[indices]; plain indexing would keep 64-bit copies of the indices for backward."""
+    """Plain indexing would keep 64-bit copies of the indices for backward."""
 
     @staticmethod
     def forward(ctx: Any, codebook: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
-        ctx.size, ctx.dtype = codebook.shape[0], codebook.dtype
-        return codebook.index_select(0, indices.reshape(-1).int()).view(indices.shape)
+        ctx.shape, ctx.dtype = codebook.shape, codebook.dtype
+        return codebook.index_select(0, indices.reshape(-1).int()).view(indices.shape + codebook.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        grad = grads[0].reshape(-1).to(torch.promote_types(ctx.dtype, torch.float32))
-        return grad.new_zeros(ctx.size).index_add(0, indices.reshape(-1).int(), grad).to(ctx.dtype), None
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        grad = grads[0].reshape(-1, *ctx.shape[1:]).to(wide)
+        return grad.new_zeros(ctx.shape).index_add(0, indices.reshape(-1).int(), grad).to(ctx.dtype), None

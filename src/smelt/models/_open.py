@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def open_model(
         spec: a built-in name or `module:function` (the current directory first), with arguments if wanted:
             `lenet`, `lenet(hidden=100)`, `mine:net(width=32)`.  The function returns an `nn.Module`.
         weights: a state dict in a .pt, .pth or .th file (at the top, or under 'state_dict', 'model' or
-            'model_state_dict') or a .safetensors file.  Code in a pickle is never run.
+            'model_state_dict') or a .safetensors file.  Code in a pickle is never run.  Beside its builder, a built-in
+            model may define `renamed(state) -> state` for the names that other libraries give its tensors.
         arguments: more arguments of the builder, as plain data.
 
     Raises:
@@ -44,8 +45,10 @@ def open_model(
             raise ModelError(f"{spec!r}: the argument {key!r} is given twice, as {given[key]!r} and {value!r}")
         given[key] = value
     known = shelf.names("models")
+    renamed = None
     if name in known:
-        builder = shelf.module("models", name).build
+        module = shelf.module("models", name)
+        builder, renamed = module.build, getattr(module, "renamed", None)
     elif ":" in name:
         builder = function_at(name, ModelError)
     else:
@@ -60,19 +63,23 @@ def open_model(
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name!r} returns a {type(model).__name__}; it must return an nn.Module")
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, renamed)
     return model, name, given
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, renamed: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> None:
     """Fill a model from a file of weights; every tensor of the model must be in it, and no other.
 
-    Tied tensors may be in the file once, and the counters of batch norm may lack.
+    Tied tensors may be in the file once, and the counters of batch norm may lack.  `renamed` gives the state dict
+    of the file the model's own names.
 
     Raises:
         ModelError: see `open_model`.
     """
     given = read_weights(path)
+    given = given if renamed is None else renamed(given)
     own = model.state_dict(keep_vars=True)
     loaded = {id(tensor) for key, tensor in own.items() if key in given}
     absent = [k for k, t in own.items() if k not in given and id(t) not in loaded]

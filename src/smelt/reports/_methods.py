@@ -7,8 +7,8 @@ from typing import Any
 
 from smelt.core.choice import WORDS, Choice
 from smelt.core.method import Codec, Composite, Method, Objective, Rewrite
-from smelt.core.recipe import Train
 from smelt.core.settings import Ramp
+from smelt.core.train import Train
 from smelt.core.yaml_text import to_yaml
 
 

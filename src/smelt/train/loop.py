@@ -1,26 +1,45 @@
-"""The `train` step: a plain loop around `training`, with selection on a held-out split and resuming."""
+"""The `train` and `recover` steps: a loop around `training`, with selection on a held-out split and resuming."""
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from smelt.core.data import Batches, Data, Guided, batch, evaluating, forward, forward_or_raise, logits_of, move
-from smelt.core.errors import DataError, ModelError
+from smelt.core.apply import seed_of
+from smelt.core.data import (
+    Batches,
+    Data,
+    Guided,
+    batch,
+    evaluating,
+    forward,
+    forward_or_raise,
+    logits_of,
+    move,
+    samples,
+)
+from smelt.core.errors import DataError, ModelError, RecipeError
 from smelt.core.method import Lossless
-from smelt.core.output import replacing
 from smelt.core.progress import Progress
-from smelt.core.recipe import Step, Train
+from smelt.core.recipe import Step
+from smelt.core.train import Recover, Train
+from smelt.train.average import Average, renew_norms
+from smelt.train.checkpoint import Best, Place, Running, resume, save
+from smelt.train.log import Log
+from smelt.train.mixing import Mixed, mixed
+from smelt.train.processes import Processes
+from smelt.train.rates import optimizer_of, set_rates
 from smelt.train.training import training
 
 
@@ -29,8 +48,11 @@ class Loop:
     """What a train step needs besides the model and its settings.
 
     score: value of a model on a loader, larger is better; selects epochs on the held-out split.
-    checkpoint: file that holds the state after each epoch, or None for no resuming.
+    checkpoint: file that holds the state after each epoch, and between them every so many `minutes`; or None for no
+        resuming.
     tail: lossless codecs with which candidates are priced.
+    log: a CSV file, or a folder for TensorBoard; or None.
+    index: number of the step, for the log.
     """
 
     data: Data
@@ -41,6 +63,9 @@ class Loop:
     seed: int = 0
     checkpoint: Path | None = None
     tail: tuple[Lossless, ...] = ()
+    minutes: float = 10.0
+    log: Path | None = None
+    index: int = 1
 
 
 def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = None) -> list[str]:
@@ -49,134 +74,248 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
     Raises:
         DataError: no training data, or a loss without labels.
         ModelError: the loss became NaN or infinite, or the forward pass fails.
+        OutputError: the checkpoint or the log cannot be written.
     """
     act = step.act
     assert isinstance(act, Train)
-    progress = progress or Progress()
+    processes = Processes(loop.device)
     train, valid, notes = _split(loop.data, act, loop.seed)
-    per_epoch = _length(train)
+    per_epoch = _length(train, act)
     if hasattr(train, "set_epoch"):
         train.set_epoch(0)
     torch.manual_seed(loop.seed)
+    updates = act.epochs * -(-per_epoch // act.accumulate)
     context = training(
         model,
         step.pieces,
-        steps=act.epochs * per_epoch,
+        steps=updates if act.steps is None else min(act.steps, updates),
         teacher=loop.teacher,
         calibration=train,
         loss=loop.loss or task_loss,
         refresh=act.refresh,
         seed=loop.seed,
         tail=loop.tail,
+        mean=processes.mean if processes.count > 1 else None,
     )
     # Adam's moments of pruned weights decay into denormal numbers, which are several times slower to add.
     torch.set_flush_denormal(True)
     try:
         with context as t:
-            _epochs(model, train, valid, t, act, loop, per_epoch, progress, notes)
+            _Run(model, train, valid, t, act, loop, per_epoch, processes, progress or Progress(), notes).go()
             notes += t.notes
     finally:
         torch.set_flush_denormal(False)
     model.eval()
-    if loop.checkpoint is not None:
+    processes.meet()
+    if loop.checkpoint is not None and processes.first:
         loop.checkpoint.unlink(missing_ok=True)
     return notes
 
 
-@dataclass
-class _Best:
-    """The best epoch so far on the held-out split; of equals the later, for a tie has trained longer."""
+class _Forward(nn.Module):
+    """From a batch to the loss, as one module with all that learns, as engines of several processes want it."""
 
-    value: float = -math.inf
-    gained: int = 0  # the epoch of the last real gain
-    state: dict[str, Tensor] | None = None
+    def __init__(self, model: nn.Module, t: training, loss: Callable[[Any, Any], Tensor], act: Train):
+        super().__init__()
+        own = {id(p) for p in model.parameters()}
+        self.model, self.beside = model, nn.ParameterList([p for p in t.parameters() if id(p) not in own])
+        self._t, self._loss, self._act = t, loss, act
 
-
-def _epochs(
-    model: nn.Module,
-    train: Any,
-    valid: Any,
-    t: training,
-    act: Train,
-    loop: Loop,
-    per_epoch: int,
-    progress: Progress,
-    notes: list[str],
-) -> None:
-    optimizer = t.optimizer = _optimizer(act, list(t.parameters()))
-    layout = _layout(model, train, loop.device)
-    start, best = 0, _Best()
-    if loop.checkpoint is not None and loop.checkpoint.exists():
-        start, best = _resume(loop.checkpoint, t, optimizer, per_epoch)
-    for epoch in range(start, act.epochs):
-        torch.manual_seed(loop.seed + 1000 * (epoch + 1))
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
-        mean = _one_epoch(model, train, t, optimizer, act, loop, epoch, per_epoch, layout, progress)
-        t.epoch()
-        if valid is not None and loop.score is not None and t.settled:
-            value = loop.score(model, valid)
-            if value > best.value:
-                best.gained = epoch + 1
-            if value >= best.value:
-                best.value = value
-                best.state = t.state() if act.keep == "best" else None
-            progress.advance(per_epoch * (epoch + 1), per_epoch * act.epochs, f"loss {mean:.4f} held-out {value:.2f}")
-            if act.patience is not None and epoch + 1 - best.gained >= act.patience:
-                notes.append(f"train stopped after epoch {epoch + 1}: no better for {act.patience} epochs")
-                break
-        if loop.checkpoint is not None:
-            _save(loop.checkpoint, t, optimizer, epoch + 1, best)
-    if best.state is not None:
-        t.load(best.state)
+    def forward(self, given: Mixed, guide: Tensor | None) -> Tensor:
+        outputs, labels, hard = forward(self.model, given.inputs), given.labels, None
+        if labels is not None and self._act.hard:
+            hard = self._act.hard * given.loss(logits_of(outputs), labels, self._loss)
+        return self._t.loss(given.inputs, outputs, labels, hard, guide)
 
 
-def _one_epoch(
-    model: nn.Module,
-    train: Iterable[Any],
-    t: training,
-    optimizer: torch.optim.Optimizer,
-    act: Train,
-    loop: Loop,
-    epoch: int,
-    per_epoch: int,
-    layout: Callable[[Any], Any],
-    progress: Progress,
-) -> float:
-    model.train()
-    total, count = 0.0, 0
-    for index, item in enumerate(train):
-        guide = item.teacher.to(loop.device) if isinstance(item, Guided) else None
-        inputs, labels = move(batch(item), loop.device)
-        done = epoch * per_epoch + index
-        for group in optimizer.param_groups:
-            group["lr"] = act.lr * rate(act, done / (act.epochs * per_epoch))
-        inputs = layout(inputs)
-        with torch.autocast(loop.device.split(":")[0], torch.bfloat16, enabled=act.precision == "bfloat16"):
-            outputs = forward(model, inputs)
-            hard = None
-            if labels is not None and act.hard:
-                hard = act.hard * (loop.loss or task_loss)(logits_of(outputs), labels)
-            loss = t.loss(inputs, outputs, labels, hard, guide)
-        if not loss.requires_grad:
-            raise DataError(
-                "train has nothing to learn from: the batches have no labels and no objective stands under 'with'"
-            )
-        value = loss.item()
-        if not math.isfinite(value):
+class _Run:
+    """One loop.  An update is one optimizer step, of `accumulate` batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        valid: Any,
+        t: training,
+        act: Train,
+        loop: Loop,
+        per_epoch: int,
+        processes: Processes,
+        progress: Progress,
+        notes: list[str],
+    ):
+        self.model, self.train, self.valid, self.t, self.act, self.loop = model, train, valid, t, act, loop
+        self.per_epoch, self.processes, self.progress, self.notes = per_epoch, processes, progress, notes
+        assert t.steps is not None
+        self.updates: int = t.steps
+        self.kind = loop.device.split(":")[0]
+        self.learning = list(t.parameters())
+        t.optimizer = optimizer_of(act, self.learning)
+        scaler = torch.amp.GradScaler(self.kind, enabled=act.precision == "float16")
+        average = None if act.ema is None else Average(t, act.ema)
+        self.run = Running(t, t.optimizer, scaler, average, Place(), Best())
+        self.layout = _layout(model, train, loop.device)
+        self.saved = time.monotonic()
+        self.began = self.saved
+
+    def go(self) -> None:
+        run, path = self.run, self.loop.checkpoint
+        if path is not None and path.exists():
+            resume(path, run)
+        self.processes.meet()
+        self.step = self.processes.wrap(_Forward(self.model, self.t, self._loss(), self.act))
+        self.log = Log(self.loop.log if self.processes.first else None, self.loop.index, self.t.done)
+        try:
+            while run.place.epoch < self.act.epochs and (self.t.done < self.updates or run.place.batch):
+                self._epoch()
+                if self._ended() or self.t.done >= self.updates:
+                    break
+        finally:
+            self.log.close()
+        if run.best.state is not None:
+            self.t.load(run.best.state)
+        elif run.average is not None:
+            self.t.load(run.average.values)
+        if run.best.state is None:
+            self._renew()
+        if self.processes.count > 1:  # batch norms have seen other samples in each
+            self.t.load(self.processes.agreed(self.t.state()))
+
+    def _epoch(self) -> None:
+        """The rest of an epoch."""
+        run, place = self.run, self.run.place
+        self._seed(place.epoch)
+        self.model.train()
+        batches = iter(self.train)
+        for _ in islice(batches, place.batch):
+            pass
+        if run.random is not None:
+            self._draw_as(run.random[self.processes.rank])
+            run.random = None
+        while self.t.done < self.updates and (group := list(islice(batches, self.act.accumulate))):
+            value = self._update(group)
+            place.batch, place.total, place.count = place.batch + len(group), place.total + value, place.count + 1
+            text = f"epoch {place.epoch + 1}/{self.act.epochs} loss {place.mean:.4f}"
+            if run.best.value > -math.inf:
+                text += f" held-out {run.best.value:.2f}"
+            self.progress.advance(self.t.done, self.updates, text)
+            due = time.monotonic() - self.saved >= 60 * self.loop.minutes
+            if self.loop.checkpoint is not None and self.processes.agreed(due):
+                self._save(self.processes.rows(self._drawn()))
+        self.t.epoch()
+
+    def _update(self, group: list[Any]) -> float:
+        """One optimizer step; returns the loss."""
+        run, act, total = self.run, self.act, 0.0
+        now = set_rates(run.optimizer, act, self.t.done / self.updates)
+        run.optimizer.zero_grad(set_to_none=True)
+        sizes = [samples(batch(item)[0]) for item in group]
+        for part, item in enumerate(group):
+            given, guide, counts = self._given(item, part)
+            with self.processes.alone(self.step, part < len(group) - 1):
+                with torch.autocast(self.kind, getattr(torch, act.precision), enabled=act.precision != "float32"):
+                    loss = self.step(given, guide)
+                if not loss.requires_grad:
+                    raise DataError(
+                        f"{act.name} has nothing to learn from: the batches have no labels and no objective stands "
+                        "under 'with'"
+                    )
+                loss = counts * sizes[part] / max(1, sum(sizes)) * loss
+                run.scaler.scale(loss).backward()
+            total += float(self.processes.mean(loss.detach()))
+        if not math.isfinite(total):
             raise ModelError(
-                f"train: the loss became {value} in epoch {epoch + 1}, batch {index + 1}; "
+                f"{act.name}: the loss became {total} in epoch {run.place.epoch + 1}, batch {run.place.batch + 1}; "
                 f"a smaller lr than {act.lr} may help"
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         if act.clip is not None:
-            nn.utils.clip_grad_norm_(list(t.parameters()), act.clip)
-        optimizer.step()
-        t.step()
-        total, count = total + value, count + 1
-        progress.advance(done + 1, per_epoch * act.epochs, f"epoch {epoch + 1}/{act.epochs} loss {total / count:.4f}")
-    return total / max(count, 1)
+            run.scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(self.learning, act.clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        self.t.step()
+        if run.average is not None:
+            run.average.update()
+        row = {"epoch": run.place.epoch + 1, "loss": total, "rate": now, "seconds": time.monotonic() - self.began}
+        self.log.write(self.t.done, row)
+        return total
+
+    def _given(self, item: Any, part: int) -> tuple[Mixed, Tensor | None, float]:
+        """(this process's share of a batch as it is run, the teacher's logits for it, by how much its mean counts)"""
+        act = self.act
+        guide = item.teacher if isinstance(item, Guided) and not isinstance(act, Recover) else None
+        inputs, labels = batch(item)
+        before = mixed(act, inputs, labels, seed_of(self.loop.seed, f"mix {self.t.done}/{part}"))
+        if before.inputs is not inputs:
+            guide = None
+        everything = (before.inputs, before.labels, before.others, guide)
+        (inputs, labels, others, guide), counts = self.processes.share(everything, inputs)
+        inputs, labels, guide = self.layout(move(inputs, self.loop.device)), move(labels, self.loop.device), guide
+        own = self.t.prepare(inputs, labels, part * self.processes.count + self.processes.rank)
+        if own is not inputs:
+            return Mixed(own, None), None, counts
+        return Mixed(inputs, labels, others, before.share), move(guide, self.loop.device), counts
+
+    def _ended(self) -> bool:
+        """Score the epoch that has run and go on to the next; whether it was the last."""
+        run, act = self.run, self.act
+        run.place.epoch, run.place.batch, mean = run.place.epoch + 1, 0, run.place.mean
+        run.place.total, run.place.count = 0.0, 0
+        over = False
+        if self.valid is not None and self.loop.score is not None and self.t.settled:
+            with nullcontext() if run.average is None else run.average.standing():
+                self._renew()
+                value = self.processes.agreed(self.loop.score(self.model, self.valid))
+                if value > run.best.value:
+                    run.best.gained = run.place.epoch
+                if value >= run.best.value:
+                    run.best.value = value
+                    run.best.state = self.t.state() if act.keep == "best" else None
+            self.progress.advance(self.t.done, self.updates, f"loss {mean:.4f} held-out {value:.2f}")
+            self.log.write(self.t.done, {"epoch": run.place.epoch, "held out": value})
+            if act.patience is not None and run.place.epoch - run.best.gained >= act.patience:
+                self.notes.append(
+                    f"{act.name} stopped after epoch {run.place.epoch}: no better for {act.patience} epochs"
+                )
+                over = True
+        if not over:
+            self._save(None)
+        return over
+
+    def _renew(self) -> None:
+        self._seed(0)
+        renew_norms(self.model, self.train, self.act.renorm, lambda x: self.layout(move(x, self.loop.device)))
+
+    def _seed(self, epoch: int) -> None:
+        """Of what the loader and the model draw."""
+        torch.manual_seed(self.loop.seed + 1000 * (epoch + 1))
+        if hasattr(self.train, "set_epoch"):
+            self.train.set_epoch(epoch)
+
+    def _drawn(self) -> Tensor:
+        """State of the random number generators, in bytes: of the CPU, and of the device."""
+        states = [torch.get_rng_state()]
+        if self.kind != "cpu":
+            states.append(getattr(torch, self.kind).get_rng_state(self.loop.device))
+        return torch.cat(states)
+
+    def _draw_as(self, drawn: Tensor) -> None:
+        own = len(torch.get_rng_state())
+        torch.set_rng_state(drawn[:own].clone())
+        if self.kind != "cpu":
+            getattr(torch, self.kind).set_rng_state(drawn[own:].clone(), self.loop.device)
+
+    def _save(self, random: Tensor | None) -> None:
+        self.run.random = random
+        if self.loop.checkpoint is not None and self.processes.first:
+            save(self.loop.checkpoint, self.run)
+        self.run.random, self.saved = None, time.monotonic()
+
+    def _loss(self) -> Callable[[Any, Any], Tensor]:
+        act, own = self.act, self.loop.loss
+        if act.smoothing and own is not None:
+            raise RecipeError(f"{act.name}.smoothing is of the usual loss; the job gives a loss of its own")
+        return own or partial(task_loss, smoothing=act.smoothing)
 
 
 def _channels_last(inputs: Any) -> Any:
@@ -201,38 +340,18 @@ def _layout(model: nn.Module, train: Iterable[Any], device: str) -> Callable[[An
     return _channels_last
 
 
-def task_loss(outputs: Tensor, labels: Any) -> Tensor:
+def task_loss(outputs: Tensor, labels: Any, smoothing: float = 0.0) -> Tensor:
     """Cross entropy for integer labels (classes in the last dimension), else mean squared error."""
     if labels.dtype in (torch.int64, torch.int32, torch.uint8, torch.int16):
-        return F.cross_entropy(outputs.float().flatten(0, -2), labels.long().flatten())
+        classes = outputs.float().flatten(0, -2)
+        return F.cross_entropy(classes, labels.long().flatten(), label_smoothing=smoothing)
     return F.mse_loss(outputs.float(), labels.float())
-
-
-def rate(act: Train, progress: float) -> float:
-    """Factor of the learning rate at `progress` in 0..1."""
-    if progress < act.warmup:
-        return progress / act.warmup
-    t = (progress - act.warmup) / max(1e-9, 1 - act.warmup)
-    if act.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * t))
-    return 1 - t if act.schedule == "linear" else 1.0
-
-
-def _optimizer(act: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if not parameters:
-        raise DataError("train finds nothing to learn: no parameter and no floating leaf requires a gradient")
-    if act.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, act.lr, act.momentum, weight_decay=act.weight_decay, nesterov=act.momentum > 0
-        )
-    cls = torch.optim.AdamW if act.optimizer == "adamw" else torch.optim.Adam
-    return cls(parameters, act.lr, betas=(act.momentum, 0.999), weight_decay=act.weight_decay)
 
 
 def _split(data: Data, act: Train, seed: int) -> tuple[Any, Any, list[str]]:
     """(training batches, held-out batches or None, notes)"""
     if data.train is None:
-        raise DataError("train needs training data; give Job(data=...) or --data with a split 'train'")
+        raise DataError(f"{act.name} needs training data; give Job(data=...) or --data with a split 'train'")
     if (act.keep == "last" and act.patience is None) or not (data.valid or act.hold_out):
         return data.train, None, []
     if data.valid is not None:
@@ -240,51 +359,15 @@ def _split(data: Data, act: Train, seed: int) -> tuple[Any, Any, list[str]]:
     if type(data.train) is Batches:
         rest, held = data.train.split(act.hold_out, seed)
         return rest, held, []
-    return data.train, None, ["train kept the last epoch: a loader of your own needs Data(valid=...) to select on"]
+    why = "a loader of your own needs Data(valid=...) to select on"
+    return data.train, None, [f"{act.name} kept the last epoch: {why}"]
 
 
-def _length(loader: Any) -> int:
+def _length(loader: Any, act: Train) -> int:
     try:
         n = len(loader)
     except TypeError:
         n = sum(1 for _ in loader)
     if n == 0:
-        raise DataError("train: the training data yields no batch")
+        raise DataError(f"{act.name}: the training data yields no batch")
     return int(n)
-
-
-def _save(path: Path, t: training, optimizer: torch.optim.Optimizer, epoch: int, best: _Best) -> None:
-    """The state after an epoch as a safetensors file, renamed into place."""
-    tensors = {f"now/{k}": v.contiguous() for k, v in t.state().items()}
-    tensors |= {f"best/{k}": v.contiguous() for k, v in (best.state or {}).items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).clone().contiguous()
-    meta = {"epoch": epoch, "best": best.value, "gained": best.gained, "plans": t.plans()}
-    data = to_bytes(tensors, {"smelt": json.dumps(meta)})
-    with replacing(path, True, len(data)) as file:
-        file.write(data)
-
-
-def _resume(path: Path, t: training, optimizer: torch.optim.Optimizer, per_epoch: int) -> tuple[int, _Best]:
-    """(epochs that are done, the best of them); a damaged file counts as none."""
-    fresh = t.state()
-    try:
-        with safe_open(str(path), "pt") as f:
-            meta = json.loads(f.metadata()["smelt"])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a mapping)
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, name = key.split("/")
-                state.setdefault(int(index), {})[name] = value
-        epoch = int(meta["epoch"])
-        t.resume(epoch * per_epoch, meta["plans"])
-        t.load({k[4:]: v for k, v in tensors.items() if k.startswith("now/")})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        best = {k[5:]: v for k, v in tensors.items() if k.startswith("best/")}
-        return epoch, _Best(float(meta["best"]), int(meta["gained"]), best or None)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
-        path.unlink(missing_ok=True)
-        t.restart(fresh)
-        return 0, _Best()

@@ -102,6 +102,36 @@ class Slot:
         return tree.map(trained)
 
 
+def slot_of(target: Target, tree: Encoded | None, shared: dict[int, nn.Parameter]) -> Slot:
+    """A slot with a parameter for each floating leaf; `shared` keeps those that stand in several trees, by their id."""
+    learn, device = target.tensor.requires_grad, target.tensor.device
+    if tree is None:
+        master = nn.Parameter(target.tensor.detach().float(), learn) if is_narrow(target) else target.tensor
+        assert isinstance(master, nn.Parameter)
+        return Slot(target, None, {"": master}, "", None)
+    leaves = {}
+    for path, leaf in tree.leaves():
+        if leaf.is_floating_point():
+            if id(leaf) not in shared:
+                wide = leaf.detach().clone().to(device, _wide(leaf.dtype))
+                shared[id(leaf)] = nn.Parameter(wide, learn)
+            leaves[path] = shared[id(leaf)]
+    carriers = [p for p in tree.carriers() if p in leaves]
+    near = tree.map(lambda _, leaf: leaf.to(device))
+    carrier, where = carriers[0] if len(carriers) == 1 else None, near.where()
+    fits = where is not None and carrier is not None and where.shape == leaves[carrier].shape
+    return Slot(target, near, leaves, carrier, where if fits else None)
+
+
+def is_narrow(target: Target) -> bool:
+    """Parameters of less than 32 bits train through a wide master."""
+    return target.parameter and target.tensor.requires_grad and target.tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A detached copy in another floating dtype; numbers of one byte saturate."""
     x = x.detach()
@@ -114,6 +144,17 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_byte(leaf: Tensor) -> bool:
     """Numbers so coarse that training must see them rounded."""
     return leaf.is_floating_point() and leaf.element_size() == 1
+
+
+def stands_in(target: Target, path: str) -> bool:
+    """Whether all of its places are in a module; '' is the model."""
+    return not path or all(place == path or place.startswith(f"{path}.") for place, _ in target.places)
+
+
+def flatten(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Recurrent layers read their weights from a list of their own."""
+    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
+        owner._flat_weights[owner._flat_weights_names.index(name)] = value
 
 
 @dataclass

@@ -42,7 +42,8 @@ from smelt.core.settings import ramps, resolve
 from smelt.core.store import eat, pack, renew, rest_bytes, store_of
 from smelt.core.target import Target, targets
 from smelt.train.objectives import Objectives
-from smelt.train.slot import Group, Link, Slot
+from smelt.train.saved.acting import Acting
+from smelt.train.slot import Group, Link, Slot, flatten, is_narrow, slot_of, stands_in
 
 # Share of the loop after which a codec that settles (a mask) no longer moves, unless its ramp says otherwise.
 SETTLED = 0.75
@@ -63,6 +64,8 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         refresh: share of the loop between two updates of what moves.
         seed: for what is drawn at random.
         tail: lossless codecs with which candidates are priced.
+        mean: of a tensor over the processes that train together, for statistics of gradients.
+        within: path of a module: what stands in it and nowhere else trains, and the forward pass goes through it.
 
     Attributes:
         optimizer: set it to yours, and what it remembers of weights that start anew from 0 (regrowth) is forgotten.
@@ -83,7 +86,10 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         refresh: float = 0.01,
         seed: int = 0,
         tail: Sequence[Lossless] = (),
+        mean: Callable[[Tensor], Tensor] | None = None,
+        within: str = "",
     ):
+        self._mean, self._within, self.root = mean, within, submodule(model, within)
         self.model, self.teacher, self.seed, self.tail = model, teacher, seed, tail
         self.pieces = _pieces(pieces)
         self.steps, self.done = steps, 0
@@ -91,6 +97,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         self._known = Known(calibration, loss, seed=seed)
         self._slots: list[Slot] = []
         self._objectives = Objectives([piece for piece in self.pieces if isinstance(piece.act, Objective)], teacher)
+        self.saved = Acting(model, self.pieces, seed, lambda: self.done)
         self._groups: list[Group] = []
         self._shared: dict[int, nn.Parameter] = {}  # by the id of a leaf that stands in several trees
         self._hook: Any = None
@@ -116,18 +123,19 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for piece in self.pieces:
             if isinstance(piece.act, Rewrite):
                 self.notes += apply_rewrite(self.model, piece, piece.key, self._known)
-        slots = {t.name: self._slot(t) for t in targets(self.model) if t.name in held.entries or _is_narrow(t)}
+        inside = [t for t in targets(self.model) if stands_in(t, self._within)]
+        slots = {t.name: self._slot(t) for t in inside if t.name in held.entries or is_narrow(t)}
         for piece in self.pieces:
             if isinstance(piece.act, Codec) and piece.at == "weight":
                 self._groups.append(self._group(piece, piece.act, slots))
         self._slots = list(slots.values())
         self._refit(everything=True)
-        self.notes += self._objectives.choose(self.model, slots)
+        self.notes += self._objectives.choose(self.model, slots, self._known)
         before = len(held.activations)
         try:
             with self._simulating():
                 for piece in self.pieces:
-                    if isinstance(piece.act, Codec) and piece.at != "weight":
+                    if isinstance(piece.act, Codec) and piece.at in ("input", "output"):
                         self.notes += apply_activations(self.model, piece, piece.key, self._known)
         except BaseException:
             for activation in held.activations[before:]:
@@ -138,7 +146,8 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for slot in self._slots:
             for path, name in slot.target.places:
                 submodule(self.model, path)._parameters[name] = None  # keeps its place in the order
-        self._hook = self.model.register_forward_pre_hook(lambda *_: self._place())
+        self._hook = self.root.register_forward_pre_hook(lambda *_: self._place())
+        self.saved.enter()
         self._place()
         return self
 
@@ -178,13 +187,14 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     def _restore(self) -> None:
         """Put the parameters back where the modules had them."""
         self._hook.remove()
+        self.saved.leave()
         self._objectives.leave()
         for slot in self._slots:
             for path, name in slot.target.places:
                 owner = submodule(self.model, path)
                 owner.__dict__.pop(name, None)
                 owner._parameters[name] = slot.target.tensor  # type: ignore[assignment]
-                _flatten(owner, name, slot.target.tensor)
+                flatten(owner, name, slot.target.tensor)
 
     def _leave(self, slot: Slot, rounded: dict[int, Tensor], finish: bool) -> None:
         """Give a tensor its trained values, and store it for real by the codecs that acted on it."""
@@ -204,33 +214,19 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for target in members:
             eat(codec, target, self.model, piece.key)  # raises where nothing floating is left
             slots.setdefault(target.name, self._slot(target))
-        statistics = weight_statistics(self.model, codec.needs_at("weight"), members, self._known, piece.key)
+        statistics = self._statistics(codec.needs_at("weight"), members, piece.key)
         links = [Link(codec, piece.key, watched=codec.needs_at("training")) for _ in members]
         group = Group(codec, [slots[t.name] for t in members], links, statistics)
         for slot, link in zip(group.slots, group.links, strict=True):
             slot.links.append(link)
         return group
 
+    def _statistics(self, names: Sequence[str], members: list[Target], label: str) -> dict[str, dict[str, Any]]:
+        return weight_statistics(self.model, names, members, self._known, label)
+
     def _slot(self, target: Target) -> Slot:
         entry = store_of(self.model).entries.get(target.name)
-        learn, device = target.tensor.requires_grad, target.tensor.device
-        if entry is None:
-            master = nn.Parameter(target.tensor.detach().float(), learn) if _is_narrow(target) else target.tensor
-            assert isinstance(master, nn.Parameter)
-            return Slot(target, None, {"": master}, "", None)
-        tree = entry.encoded
-        leaves = {}
-        for path, leaf in tree.leaves():
-            if leaf.is_floating_point():
-                if id(leaf) not in self._shared:
-                    wide = leaf.detach().clone().to(device, _wide(leaf.dtype))
-                    self._shared[id(leaf)] = nn.Parameter(wide, learn)
-                leaves[path] = self._shared[id(leaf)]
-        carriers = [p for p in tree.carriers() if p in leaves]
-        near = tree.map(lambda _, leaf: leaf.to(device))
-        carrier, where = carriers[0] if len(carriers) == 1 else None, near.where()
-        fits = where is not None and carrier is not None and where.shape == leaves[carrier].shape
-        return Slot(target, near, leaves, carrier, where if fits else None)
+        return slot_of(target, entry.encoded if entry else None, self._shared)
 
     def _place(self) -> None:
         """Compute every weight and put it where the modules look for it."""
@@ -239,12 +235,14 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             for path, name in slot.target.places:
                 owner = submodule(self.model, path)
                 owner.__dict__[name] = value
-                _flatten(owner, name, value)
+                flatten(owner, name, value)
 
     @torch.no_grad()
     def _refit(self, *, everything: bool = False, epoch: bool = False, last: bool = False) -> None:
         """Fit the states of what moves: at the start all, later what ramps, each epoch what does not settle."""
         self._objectives.masks.clear()
+        for _, link in self._links() if self._mean is not None else ():
+            link.seen = {name: self._mean(found) for name, found in link.seen.items()}  # type: ignore[misc]
         t = 1.0 if last else self.progress
         for group in self._groups:
             own = group.codec.period()
@@ -286,12 +284,22 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     def step(self) -> None:
         """Tell that one optimizer step is done."""
         self.done += 1
+        self.notes += self.saved.notes()
         if self._every or any(group.codec.period() for group in self._groups):
             self._refit()
 
     def epoch(self) -> None:
         """Tell that one epoch is done: scales and codebooks follow the weights."""
         self._refit(epoch=True)
+
+    def prepare(self, inputs: Any, labels: Any = None, part: int = 0) -> Any:
+        """What to run on instead of a batch; the same `inputs` where nothing is drawn.
+
+        An objective may let the model write its own batch (distill.sequence, on-policy).  Such inputs have no labels,
+        no loss of the task and no recorded teacher.  `part` tells batches of one optimizer step apart.
+        """
+        seed = seed_of(self.seed, f"{self.done}/{part}")
+        return self._objectives.prepare(self.model, inputs, labels, self.progress, seed)
 
     def loss(
         self, inputs: Any, outputs: Any, labels: Any = None, hard: Tensor | None = None, guide: Tensor | None = None
@@ -301,7 +309,8 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         One forward of the teacher, in evaluation mode, serves all; none is run where `guide` holds its logits and
         nobody asks for its features.  Without objectives the loss is `hard`.
         """
-        return self._objectives.loss(Seen(inputs, logits_of(outputs), labels, guide, hard), self.progress)
+        total = self._objectives.loss(Seen(inputs, logits_of(outputs), labels, guide, hard), self.progress)
+        return self.saved.measured(total, self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that learns, each once: leaves, masters, learned states, and the model's other parameters."""
@@ -317,7 +326,10 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for key, link in self._links():
             for name, p in link.state.named_parameters() if link.state is not None else ():
                 yield f"{key}.{name}", p
-        yield from self.model.named_parameters()
+        for key, held in self._objectives.states().items():
+            for name, p in held.named_parameters():
+                yield f"{key}.{name}", p
+        yield from self.root.named_parameters()
         for activation in store_of(self.model).activations:
             for name, p in activation.state.named_parameters():
                 yield f"{activation.path}/{activation.at}.{name}", p
@@ -327,15 +339,21 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             for i, link in enumerate(slot.links):
                 yield f"{slot.target.name}/link{i}", link
 
-    def state(self) -> dict[str, Tensor]:
-        """All that training has changed, by name: parameters, buffers, states of the links."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name, as it now is: parameters, buffers, states of links and objectives."""
         found = {name: p.detach() for name, p in self.named_parameters()}
-        found |= dict(self.model.named_buffers())
+        found |= dict(self.root.named_buffers())
         for key, link in self._links():
             if link.state is not None:
                 found |= {f"{key}.{name}": b for name, b in link.state.named_buffers()}
             found |= {f"{key}.seen.{name}": seen for name, seen in link.seen.items()}
-        return {name: tensor.clone() for name, tensor in found.items()}
+        for key, held in self._objectives.states().items():
+            found |= {f"{key}.{name}": b for name, b in held.named_buffers()}
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of them."""
+        return {name: tensor.clone() for name, tensor in (*self.tensors().items(), *self.saved.state().items())}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -343,8 +361,12 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         for name, p in self.named_parameters():
             p.copy_(state[name])
         self._objectives.masks.clear()
-        for name, b in self.model.named_buffers():
+        self.saved.load(state)
+        for name, b in self.root.named_buffers():
             b.copy_(state[name])
+        for key, held in self._objectives.states().items():
+            for name, b in held.named_buffers():
+                b.copy_(state[f"{key}.{name}"])
         for key, link in self._links():
             for name in [n for n, _ in link.state.named_buffers()] if link.state is not None else ():
                 setattr(link.state, name, state[f"{key}.{name}"].clone())
@@ -370,24 +392,9 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             link.codec = replace(link.codec, **given)  # type: ignore[type-var]
 
 
-def _flatten(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Recurrent layers read their weights from a list of their own."""
-    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
-        owner._flat_weights[owner._flat_weights_names.index(name)] = value
-
-
 def _pieces(pieces: Sequence[Any]) -> tuple[Step, ...]:
     """Steps from methods, steps or plain data, checked as the pieces of a train step are."""
     if not pieces:
         return ()
     plain = [p if isinstance(p, (Step, Method)) else dict(p) if not isinstance(p, str) else p for p in pieces]
     return Recipe.of({"steps": [{"train": {"with": plain}}]}).steps[0].pieces
-
-
-def _is_narrow(target: Target) -> bool:
-    """Parameters of less than 32 bits train through a wide master."""
-    return target.parameter and target.tensor.requires_grad and target.tensor.dtype in (torch.float16, torch.bfloat16)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

@@ -1,42 +1,60 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smelt.core.edit import Edit, Note, Replace
+from smelt.core.budget import BYTES, Budget
+from smelt.core.edit import Edit, Note, Replace, Stored
+from smelt.core.encoded import Encoded
 from smelt.core.errors import RecipeError
 from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
+from smelt.forms.sparse import Sparse
+from smelt.graph import factors
 from smelt.graph.reads import outside
+from smelt.grids import ranks
+from smelt.train.reduced import MOMENTS, NORMS, Layer, Norm, Split, Views
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
 @dataclass(frozen=True)
 class SVD(Rewrite):
     """A layer becomes two thinner ones, by the truncated singular value decomposition of its weight.
 
-    How thin is said by one of `ratio`, `rank` and `energy`.  A layer that would not get smaller is left dense.  With
-    the singular values split evenly between the two (W = U sqrt(S) . sqrt(S) V), r of them:
+    How thin is said by one of `ratio`, `rank` and `energy`, of each layer, or by a `budget` of all together: an integer
+    program gives every layer the rank, or leaves it dense, so that least is lost, which layers are compared by in what
+    they add to the loss (weight: inputs, loss, fisher), or by shares of their energy (plain).  A layer that would not
+    get smaller, or with `keep: faster` is measured not to get faster, is left dense.  With r singular values, split
+    evenly between the two (W = U sqrt(S) . sqrt(S) V):
 
         linear              in -> r -> out
         conv, channel       k x k to r channels, then 1 x 1        W as [out, in * kh * kw]
         conv, spatial       kh x 1 to r channels, then 1 x kw      W as [in * kh, out * kw]; one-dimensional: as channel
+        embedding           entries of width r, then linear        W as [width, entries]
 
-    The squared error of the weight is the sum of the squared singular values left out, the least of that rank.
+    The squared error is the sum of the squared singular values left out, the least of that rank.  It is that of the
+    `weight`: plain, or as it shows at the layer's outputs for its inputs, at the loss, or by Fisher's matrix (formulas
+    in train/reduced.py; spatial: of the moments of inputs those within a column of the kernel choose the first factor,
+    all of them the second).  With `refit` both factors are those that give, on the layer's inputs as they are once all
+    layers before it were split, what comes closest to what the original gave there, again in closed form (reduced-rank
+    regression), and so is the bias.
 
-    applies to: linear; 1-D and 2-D convolution with groups = 1
+    `form: pivoted` gives r of the outputs and combines the others from them: the same product in r (m + n - r) numbers
+    in place of r (m + n).  With `sparse`, W = L + S: that share of the weights, the errors of L that count most, stays
+    in a layer beside the factors, stored as a mask and values; the two take `rounds` turns.
+
+    applies to: linear; 1-D and 2-D convolution with groups = 1; embedding
     needs a pretrained model: yes
-    needs data: no
+    needs data: no; for weight: inputs, loss or fisher a few batches, whose labels are drawn where there are none
     needs training: a little, to recover, below about half of the parameters
     good at: large linear layers: smaller and faster on everything, and still ordinary layers
-    bad at: small kernels and thin layers, where two layers are slower than one
-    source: Eckart, Young 1936; channel: Zhang et al. 2015, arXiv:1505.06798; spatial: Tai et al. 2015, arXiv:1511.06067
+    bad at: small kernels and thin layers, where two layers are slower than one; sparse: smaller files, no speed
+    source: Eckart & Young 1936; arXiv:1505.06798, 1511.06067 (conv); 2403.07378 (inputs); 2501.19090 (pivoted)
     """
 
     ratio: float | None = setting(
@@ -44,104 +62,186 @@ class SVD(Rewrite):
     )
     rank: int | None = setting(None, "singular values to keep", low=1)
     energy: float | None = setting(None, "share of the sum of squared singular values to keep", low=0, high=1)
+    budget: str | None = setting(None, "'0.8x' of what `of` names, or '1.2 MB' of parameters, for all layers together")
+    of: str = setting("parameters", "what the budget is of", choices=("parameters", "macs"))
+    weight: str = setting("plain", "what errors of the weight count by", choices=NORMS)
+    refit: bool = setting(False, "fit layer after layer to inputs as they now are (weight: inputs or loss)")
     scheme: str = setting("channel", "how a 2-D convolution is split", choices=("channel", "spatial"))
+    keep: str = setting("smaller", "which are split: what gets smaller, or also faster", choices=("smaller", "faster"))
+    form: str = setting("factors", "what a layer becomes", choices=("factors", "pivoted"))
+    sparse: float = setting(0.0, "share of the weights that stay beside the factors", low=0, high=0.5)
+    rounds: int = setting(10, "turns that factors and weights beside them take", low=1)
+    multiple: int = setting(1, "ranks are a multiple of this, where they can be", low=1)
+    damp: float = setting(0.01, "share of the mean diagonal of the inputs' moments added to it", low=0, high=1)
+    spread: float = setting(0.03, "the same for the moments of slopes (weight: loss)", low=1e-8, high=10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("ratio", "rank", "energy") if getattr(self, name) is not None]
+        given = [name for name in ("ratio", "rank", "energy", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise RecipeError(f"{self.name}: {' and '.join(given)} each fix the rank; give one of them")
+        if self.budget is not None:
+            unit = Budget.parse(self.budget, f"{self.name}.budget").unit
+            if unit != "x" and (self.of == "macs" or unit not in BYTES):
+                raise RecipeError(f"{self.name}.budget {self.budget!r}: of {self.of} it is a share such as '0.8x'")
+        elif self.of != "parameters":
+            raise RecipeError(f"{self.name}.of {self.of!r} says what a budget is of; give a budget such as '0.5x'")
+        if self.form == "pivoted" and self.scheme == "spatial":
+            raise RecipeError(f"{self.name}.form 'pivoted' needs factors of whole outputs; take scheme: channel")
+        if self.refit and self.weight not in MOMENTS:
+            raise RecipeError(f"{self.name}.refit needs the moments of inputs; take weight: inputs or weight: loss")
 
     def refuses(self, target: Target) -> str | None:
-        path, name = target.places[0]
-        module = target.module
-        if type(module) not in _KINDS or name != "weight":
-            return f"it is no weight of a linear or 1-D or 2-D convolution layer but of {type(module).__name__}"
-        if getattr(module, "groups", 1) != 1:
-            return f"the convolution has {module.groups} groups; it must have one"
-        if len(target.places) > 1:
-            return "its weight is shared with " + ", ".join(".".join(place) for place in target.places[1:])
-        if module._forward_hooks or module._forward_pre_hooks:
-            return (
-                "a hook acts on the layer (a codec at its input or output, say) and would be lost; put this step before"
-            )
-        return None if path else "it is the whole model; put the layer into a module"
+        return factors.refusal(target, KINDS)
 
     @torch.no_grad()
     def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
-        edits: list[Edit] = []
         read = outside(model)
-        for target in targets:
-            reason = self.refuses(target) or read.get(target.places[0][0])
-            edits.append(Note(target.name, reason) if reason else self._split(target))
-        return edits
+        reasons = {t.name: self.refuses(t) or read.get(t.places[0][0]) for t in targets}
+        notes: list[Edit] = [Note(name, reason) for name, reason in reasons.items() if reason]
+        spatial = self.scheme == "spatial"
+        layers = {t.name: Layer(t, spatial and t.tensor.dim() == 4) for t in targets if not reasons[t.name]}
+        if not layers:
+            return notes
+        norm = Norm(self.weight, self.damp, self.spread)
+        curved = self.weight == "inputs" and self.budget is not None
+        views = Views(model, layers, norm, known, self.name, curved)
+        sizes = self._sizes(model, layers, known)
+        picked = self._picked(views, sizes, layers, notes)
+        chosen = self._paying(model, layers, sizes, picked, known, notes)
+        found: dict[str, list[Edit]] = {}
+        for view in views.each(chosen, self.refit):
+            name = view.layer.target.name
+            split = view.split(chosen[name], self._beside(view.layer), self.rounds)
+            view.put(split)
+            found[name] = self._edits(view.layer, split)
+        return [*(edit for name in layers for edit in found.get(name, ())), *notes]
 
-    def _split(self, target: Target) -> Edit:
-        weight = target.tensor.detach()
-        matrix = _matrix(weight, self._spatial(weight)).to(torch.promote_types(weight.dtype, torch.float32))
-        each, dense = sum(matrix.shape), weight.numel()
-        u, s, v = (None, None, None) if self.energy is None else torch.linalg.svd(matrix, full_matrices=False)
-        rank = self._rank(s, each, dense, min(matrix.shape))
-        if rank * each >= dense:
-            return Note(target.name, f"rank {rank} would need {rank * each:,} weights, it has {dense:,}")
-        if u is None or s is None or v is None:
-            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        root = s[:rank].sqrt()
-        return self._chain(target, u[:, :rank] * root, root[:, None] * v[:rank])
-
-    def _rank(self, s: Tensor | None, each: int, dense: int, full: int) -> int:
-        if self.rank is not None:
-            return min(self.rank, full)
-        if s is None:
-            return min(full, max(1, int((0.5 if self.ratio is None else self.ratio) * dense / each)))
-        squares = s.double().square().flip(0).cumsum(0)  # what is lost by leaving out the last 1, 2, ...
-        lost = (1 - (self.energy or 0)) * squares[-1]
-        return max(1, full - int((squares <= lost).sum()))
-
-    def _spatial(self, weight: Tensor) -> bool:
-        return weight.dim() == 4 and self.scheme == "spatial"
-
-    def _chain(self, target: Target, left: Tensor, right: Tensor) -> Replace:
-        """left [m, r] and right [r, n], with matrix ~ left @ right."""
-        module, shape, rank = target.module, target.tensor.shape, right.shape[0]
-        bias: Any = module.bias
-        if isinstance(module, nn.Linear):
-            first: dict[str, Any] = {"in_features": module.in_features, "out_features": rank, "bias": False}
-            second: dict[str, Any] = {"in_features": rank, "out_features": module.out_features}
-            a, b = right, left
+    def _edits(self, layer: Layer, split: Split) -> list[Edit]:
+        target, spatial = layer.target, layer.spatial
+        if self.form == "pivoted":
+            edit = factors.pivoted(target, split.left, split.right, split.bias)
         else:
-            assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-            first = {"in_channels": shape[1], "out_channels": rank, "bias": False, "padding_mode": module.padding_mode}
-            second = {"in_channels": rank, "out_channels": shape[0]}
-            window = {"kernel_size": module.kernel_size, "stride": module.stride, "dilation": module.dilation}
-            padding = module.padding
-            if self._spatial(target.tensor):
-                second["padding_mode"] = module.padding_mode
-                for i, layer in enumerate((first, second)):
-                    layer.update({k: _along(v, i, 1) for k, v in window.items()})
-                    layer["padding"] = padding if isinstance(padding, str) else _along(padding, i, 0)
-                a = left.reshape(shape[1], shape[2], rank).permute(2, 0, 1)[:, :, :, None]
-                b = right.reshape(rank, shape[0], shape[3]).transpose(0, 1)[:, :, None, :]
-            else:
-                first |= {k: list(v) for k, v in window.items()}
-                first["padding"] = padding if isinstance(padding, str) else list(padding)
-                second["kernel_size"] = [1] * (len(shape) - 2)
-                a = right.reshape(rank, *shape[1:])
-                b = left.reshape(*left.shape, *[1] * (len(shape) - 2))
-        second["bias"] = bias is not None
-        kind = type(module).__name__
-        values = {"0.weight": a, "1.weight": b} | ({} if bias is None else {"1.bias": bias.detach()})
-        values = {k: v.to(target.tensor.dtype).clone(memory_format=torch.contiguous_format) for k, v in values.items()}
-        return Replace(target.places[0][0], "chain", {"layers": [[kind, first], [kind, second]]}, values)
+            edit = factors.chain(target, factors.pair(target, split.left, split.right, spatial), split.bias)
+        if split.rest is None:
+            return [edit]
+        rest = factors.folded(target.module, split.rest, target.tensor.shape, spatial).to(target.tensor).contiguous()
+        parts = {"mask": rest != 0, "values": rest}
+        sparse = Encoded(Sparse(), parts, rest.shape, rest.dtype)
+        return [factors.beside(target, edit, rest), Stored(f"{edit.path}.1.weight", sparse)]
+
+    def _beside(self, layer: Layer) -> int:
+        """How many weights stay."""
+        return round(self.sparse * layer.target.tensor.numel())
+
+    def _sizes(self, model: nn.Module, layers: Mapping[str, Layer], known: Known) -> dict[str, _Size]:
+        """What ranks of each layer take, and the layer as it is: parameters, or multiplications."""
+        if self.of == "parameters":
+            return {name: self._size(layer) for name, layer in layers.items()}
+        example = known.example(model, "to count multiplications (of: macs)")
+        at = factors.places(model, [layer.target for layer in layers.values()], example)
+        return {name: self._size(layer, *at[name]) for name, layer in layers.items()}
+
+    def _size(self, layer: Layer, first: int = 1, second: int = 1) -> _Size:
+        """With as many places for what the first and the second factor of a spatial pair give."""
+        m, n = layer.matrix().shape
+        each = m * first + n * second if layer.spatial else (m + n) * second
+        square = second if self.form == "pivoted" else 0
+        dense = layer.target.tensor.numel() * second
+        return _Size(each, square, self._beside(layer) * second, dense, min(m, n))
+
+    def _draft(self, layer: Layer, rank: int) -> Split:
+        """Factors of a rank that take as long as any."""
+        x = layer.matrix().float()
+        left, right = x.new_zeros(len(x), rank), x[:rank]
+        left[:rank] = torch.eye(rank).to(x)
+        return Split(left, right, x.new_ones(x.shape) if self.sparse else None, None)
+
+    def _picked(
+        self, views: Views, sizes: Mapping[str, _Size], layers: Mapping[str, Layer], notes: list[Edit]
+    ) -> dict[str, int | None]:
+        """The rank of each layer, or None for one that the budget leaves dense."""
+        squares = {}
+        if self.energy is not None or self.budget is not None:
+            squares = {view.layer.target.name: view.squares() for view in views.each(layers)}
+        if self.budget is None:
+            return {name: self._rank(size, squares.get(name)) for name, size in sizes.items()}
+        dense = sum(size.dense for size in sizes.values())
+        budget = Budget.parse(self.budget, self.name)
+        limit = int(budget.value * dense)
+        if budget.unit != "x":
+            itemsize = max(layer.target.tensor.element_size() for layer in layers.values())
+            limit = int(budget.value * BYTES[budget.unit]) // itemsize
+        costs = {name: s * self._worth(views.slopes.get(name), s) for name, s in squares.items()}
+        items = [ranks.Item(costs[name], size.of, size.dense) for name, size in sizes.items()]
+        try:
+            picks = ranks.under(items, limit, self.multiple)
+        except ValueError as error:
+            raise RecipeError(
+                f"{self.name}: the budget {self.budget!r} is {limit:,} {self.of}; the layers take from "
+                f"{error.args[0]:,} to {dense:,}"
+            ) from None
+        picked = dict(zip(sizes, picks, strict=True))
+        used = sum(size.dense if (r := picked[name]) is None else size.of(r) for name, size in sizes.items())
+        notes.append(Note("", f"{used:,} of {dense:,} {self.of} of the layers are left, of {limit:,} in the budget"))
+        return picked
+
+    def _rank(self, size: _Size, squares: Tensor | None) -> int:
+        if self.rank is not None:
+            rank = self.rank
+        elif self.energy is not None and squares is not None:
+            rank = ranks.by_energy(squares, self.energy)
+        else:
+            rank = ranks.by_size(size.of, size.full, (0.5 if self.ratio is None else self.ratio) * size.dense)
+            return ranks.rounded(rank, self.multiple, size.full, up=False)
+        return ranks.rounded(rank, self.multiple, size.full, up=True)
+
+    def _worth(self, slopes: Tensor | None, squares: Tensor) -> float:
+        """What makes errors of layers comparable: what they add to the loss, where that is known, else shares."""
+        if self.weight == "inputs" and slopes is not None:
+            return float(slopes.diagonal().mean())
+        return 1.0 if self.weight in ("fisher", "loss") else 1 / max(float(squares.sum()), 1e-300)
+
+    def _paying(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        sizes: Mapping[str, _Size],
+        picked: Mapping[str, int | None],
+        known: Known,
+        notes: list[Edit],
+    ) -> dict[str, int]:
+        """The ranks of the layers that get smaller, and faster where that is asked for."""
+        speed = None
+        if self.keep == "faster":
+            example = known.example(model, "to measure layers (keep: faster)")
+            speed = factors.Speed(model, [layer.target.places[0][0] for layer in layers.values()], example)
+        found = {}
+        for name, rank in picked.items():
+            layer, reason = layers[name], None
+            if rank is None:
+                reason = "the budget is spent best with it as it is"
+            elif not (reason := factors.larger(layer.target, self._size(layer).of(rank), f"rank {rank}")) and speed:
+                edit = self._edits(layer, self._draft(layer, rank))[0]
+                assert isinstance(edit, Replace)
+                slower = speed.slower(edit)
+                reason = slower and f"with rank {rank} {slower}"
+            if reason:
+                notes.append(Note(name, reason))
+            elif rank is not None:
+                found[name] = rank
+        return found
 
 
-def _matrix(weight: Tensor, spatial: bool) -> Tensor:
-    """[out, in, kh, kw] -> [out, in * kh * kw], or [in * kh, out * kw]."""
-    if not spatial:
-        return weight.flatten(1)
-    return weight.permute(1, 2, 0, 3).reshape(weight.shape[1] * weight.shape[2], -1)
+@dataclass(frozen=True)
+class _Size:
+    """Of rank r a layer takes beside + r each - r^2 square; dense: as it is; full: its largest rank."""
 
+    each: int
+    square: int
+    beside: int
+    dense: int
+    full: int
 
-def _along(pair: tuple[int, ...], axis: int, other: int) -> list[int]:
-    """[pair[0], other] for axis 0, [other, pair[1]] for axis 1."""
-    return [v if i == axis else other for i, v in enumerate(pair)]
+    def of(self, rank: int) -> int:
+        return self.beside + rank * (self.each - rank * self.square)

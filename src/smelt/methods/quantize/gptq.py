@@ -9,12 +9,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from smelt.core.encoded import Encoded, numel
 from smelt.core.errors import RuleError
-from smelt.core.method import Codec, State, Stats
+from smelt.core.method import Codec, State, Stats, straight_through
 from smelt.core.settings import setting
 from smelt.core.target import Target
 from smelt.forms import _sides as sides
 from smelt.forms.affine import Affine
-from smelt.grids import feedback, uniform
+from smelt.grids import feedback, learned, offsets, uniform
 from smelt.statistics.gram import aimed, damped, rows
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,16 +34,20 @@ class GPTQ(Codec):
 
     Statistics are gathered in the order in which the model runs, of a `block` of the model at a time (as published) or
     of a `layer` (`gather`), on outputs of what is already stored; with `original` the outputs aimed at are those of the
-    model before this step.  Pruned weights stay 0.  Inside `train` weights are rounded after what this moved them by at
-    the last fit was added.
+    model before this step.  Pruned weights stay 0.
+
+    Inside `train` weights are rounded after what this moved them by at the last fit was added.  With `learn` that, in
+    steps, learns for each weight, and so do the ends of each range, in widths of it, all straight-through; the weights
+    themselves stay.  With `scope: block` and signed gradients that is AutoRound, from a better start.
 
     applies to: linear; convolution, grouped too
     needs a pretrained model: yes
     needs data: yes, a few thousand positions per layer; no labels (error: loss draws them where there are none)
-    needs training: no, down to 3 bits in groups
+    needs training: no, down to 3 bits in groups; learn: true with scope: block for 2
     good at: 4 and 3 bits in seconds, with the layout of every integer kernel
     bad at: layers with fewer calibration positions than inputs; 2 bits and less
-    source: Frantar et al. 2022, arXiv:2210.17323; rounds: arXiv:2309.01885; original: 2504.02692; loss: 2505.22988
+    source: Frantar et al. 2022, arXiv:2210.17323; rounds: arXiv:2309.01885; original: 2504.02692; loss: \
+2505.22988; learn: Cheng et al. 2023, 2309.05516
     """
 
     bits: int = setting(4, "bits per value", low=1, high=8)
@@ -66,6 +70,7 @@ class GPTQ(Codec):
     original: bool = setting(True, "aim at the outputs of the model before this step, not at those on inputs as now")
     gather: str = setting("block", "what is rounded between two runs of the data", choices=("block", "layer"))
     damp: float = setting(0.01, "share of the mean diagonal of H added to its diagonal", low=1e-8, high=1)
+    learn: bool = setting(False, "inside train, learn where each weight is rounded, and the ranges")
 
     def refuses(self, target: Target) -> str | None:
         module = target.module
@@ -84,7 +89,10 @@ class GPTQ(Codec):
         return self.gather
 
     def fit(self, x: Tensor, stats: Stats) -> State:
-        """State(scale, zero, shift): sides as in the form; rounding x + shift to the nearest gives what was found."""
+        """State(scale, zero, shift): sides as in the form; rounding x + shift to the nearest gives what was found.
+
+        With `learn`, inside train: State(scale, zero, offset, ends), as in `grids.offsets`.
+        """
         if "gram" not in stats.gathered:
             raise RuleError(f"{self.name} needs the second moments of the layer's inputs, which are not known")
         gram: Tensor = stats.gathered["gram"].to(x.device)
@@ -107,7 +115,12 @@ class GPTQ(Codec):
         )
         assert values is not None
         scale, zero = (s if s is None else s.flatten()[: numel(side)].reshape(side) for s in (scale, zero))
-        return State(scale=scale, zero=zero, shift=values.reshape(x.shape) - wide)
+        if not self.learn or stats.inside is None:
+            return State(scale=scale, zero=zero, shift=values.reshape(x.shape) - wide)
+        step, side = self._spread(scale, zero, x.shape)
+        offset = offsets.start(wide, values.reshape(x.shape), step, side, bits=self.bits)
+        ends = scale.new_zeros(2, *scale.shape)
+        return State(scale=scale, zero=zero, offset=offset, ends=ends, learn=("offset", "ends"))
 
     def _layout(self) -> tuple[int | None, int]:
         """Axis and group of the form."""
@@ -174,27 +187,55 @@ class GPTQ(Codec):
             low, high = uniform.mse(x, where, bits=self.bits, symmetric=self.symmetric, whole=whole, weight=weight)
         else:
             low, high = uniform.minmax(x, where)
+        return self._as_stored(*uniform.steps(low, high, bits=self.bits, symmetric=self.symmetric, whole=whole))
+
+    def _as_stored(self, scale: Tensor, zero: Tensor | None) -> _Side:
         kind = _DTYPES[self.scales]
-        scale, zero = uniform.steps(low, high, bits=self.bits, symmetric=self.symmetric, whole=whole)
-        scale = scale.clamp(torch.finfo(kind).smallest_normal, torch.finfo(kind).max).to(kind).to(scale.dtype)
-        if zero is not None and not whole and not self.symmetric:
-            near = zero.to(kind).to(zero.dtype)
-            zero = near.where((near - zero).abs() < 0.25, zero)
-        return scale, zero
+        scale = scale.detach().clamp(torch.finfo(kind).smallest_normal, torch.finfo(kind).max).to(kind).to(scale.dtype)
+        if zero is None or self.symmetric:
+            return scale, zero
+        if self.zero == "whole":
+            return scale, zero.detach().round().clamp(*uniform.limits(self.bits, False))
+        near = zero.detach().to(kind).to(zero.dtype)
+        return scale, near.where((near - zero).abs() < 0.25, zero.detach())
 
     def encode(self, x: Tensor, state: State) -> Encoded:
-        known: Any = state
-        scale, zero, kind = known.scale, getattr(known, "zero", None), _DTYPES[self.scales]
+        (scale, zero), kind = (None if s is None else s.detach() for s in self._sides(state)), _DTYPES[self.scales]
+        assert scale is not None
         form = Affine(*self._layout(), self.bits, zero is None)
-        side = None if zero is None else form.spread(zero, x.shape)
-        wanted, step = x + known.shift, form.spread(scale, x.shape)
-        codes = uniform.quantize(wanted, step, side, bits=self.bits, symmetric=self.symmetric)
+        step, side = self._spread(scale, zero, x.shape)
+        codes = uniform.quantize(self._wanted(x, step, state), step, side, bits=self.bits, symmetric=zero is None)
         parts = {"codes": codes.to(torch.int8 if zero is None else torch.uint8), "scale": scale.to(kind)}
         if zero is not None:
             narrow = torch.uint8 if self.zero == "whole" and not self.symmetric else kind
             exact = torch.equal(zero.to(narrow).to(zero.dtype), zero)
             parts["zero"] = zero.to(narrow if exact else zero.dtype, copy=True)
         return Encoded(form, parts, x.shape, x.dtype)
+
+    def simulate(self, x: Tensor, state: State) -> Tensor:
+        if not hasattr(state, "ends"):
+            return super().simulate(x, state)
+        step, side = self._spread(*self._sides(state), x.shape)
+        wanted = self._wanted(x.detach(), step, state)
+        return learned.rounded(wanted, step, side, bits=self.bits, symmetric=side is None).to(x.dtype)
+
+    def _wanted(self, x: Tensor, step: Tensor, state: Any) -> Tensor:
+        """What is rounded to the nearest level."""
+        moved: Tensor = state.offset * step if hasattr(state, "ends") else state.shift
+        return x + moved
+
+    def _sides(self, state: Any) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero) as they are stored, with the gradients of what learns."""
+        scale, zero = state.scale, getattr(state, "zero", None)
+        if not hasattr(state, "ends"):
+            return scale, zero
+        now, at = offsets.sides(scale, zero, state.ends, bits=self.bits, fixed=self.symmetric)
+        near = self._as_stored(now, at)
+        return straight_through(now, near[0]), None if near[1] is None else straight_through(at, near[1])
+
+    def _spread(self, scale: Tensor, zero: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        form = Affine(*self._layout(), self.bits, zero is None)
+        return form.spread(scale, shape), None if zero is None else form.spread(zero, shape)
 
 
 # (scale, zero) of rows

@@ -1,0 +1,1 @@
+"""What operations keep for their backward pass, stored in few bits in between."""
