@@ -166,37 +166,6 @@ def decibels(x: Tensor, y: Tensor) -> float:
     return 10 * math.log10(float(x.double().square().mean()) / max(noise, 1e-30))
 
 
-def draw(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Rate against distortion, one panel a tensor."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"], matplotlib.rcParams["svg.hashsalt"] = "none", "smelt"
-    from matplotlib import pyplot
-
-    names = [n for n in ("Gaussian", "llama up_proj", "ResNet-56 convolution") if n in found]
-    figure, panels = pyplot.subplots(1, len(names), figsize=(6 * len(names), 6), sharey=True, squeeze=False)
-    colours = pyplot.get_cmap("tab20").colors
-    for panel, name in zip(panels[0], names, strict=True):
-        rates = [0, 9]
-        panel.plot(rates, [20 * math.log10(2) * r for r in rates], "k--", lw=1, label="Shannon's bound (Gaussian)")
-        for i, curve in enumerate(CURVES):
-            points = sorted((p["bits"], p["weight"]) for p in found[name] if p["curve"] == curve and "bits" in p)
-            points = [(b, d) for b, d in points if b < 9]
-            if points:
-                marks = {"marker": "osv^Dx"[i // 4], "ms": 4, "lw": 1, "color": colours[i % 20]}
-                panel.plot(*zip(*points, strict=True), label=curve, **marks)
-        panel.set(title=name, xlabel="bits per weight in the file", xlim=(0, 9), ylim=(0, 50))
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("signal to noise of the weight, dB")
-    panels[0][-1].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    part = PLOT.with_suffix(".part.svg")
-    figure.savefig(part, metadata={"Date": None})
-    part.replace(PLOT)
-    print(f"drew {PLOT.name}")
-
-
 def rows(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
     made = []
     for name, points in found.items():
@@ -245,7 +214,9 @@ def main() -> int:
     finish([], args.json, rows(found))
     if not args.quick:
         try:
-            draw(found)
+            from _rate_plot import draw
+
+            draw(PLOT, found, list(CURVES))
         except ImportError:
             print("missing: matplotlib, so there is no plot; pip install -r benchmarks/requirements.txt")
     return 0
