@@ -49,6 +49,7 @@ from smelt.measures.macs import macs
 from smelt.measures.parameters import parameters
 from smelt.models._open import open_model
 from smelt.models._pruned import LABEL, memo_of, take_over
+from smelt.train.blocks import rebuild
 from smelt.train.loop import Loop, fit, task_loss
 from smelt.version import __version__
 
@@ -240,7 +241,7 @@ class _Run:
                 Path(self.job.log) if self.job.log else None,
                 int(label.partition(":")[0]),
             )
-            return fit(model, step, loop, self.progress)
+            return (fit if step.act.scope == "model" else rebuild)(model, step, loop, self.progress)
         if isinstance(step.act, Lossless):
             return []
         if isinstance(train, Batches):

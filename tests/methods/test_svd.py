@@ -129,7 +129,9 @@ def test_refusals() -> None:
     words = {t.places[0][0]: SVD().refuses(t) for t in targets(model) if t.is_weight}
     assert words.pop("free") is None
     for (path, reason), part in zip(
-        words.items(), ("2 groups", "a norm of 1.0", "ConvTranspose2d", "a hook", "shared with twin.weight"), strict=True
+        words.items(),
+        ("2 groups", "a norm of 1.0", "ConvTranspose2d", "a hook", "shared with twin.weight"),
+        strict=True,
     ):
         assert part in str(reason), path
     assert "whole model" in str(SVD().refuses(targets(nn.Linear(3, 3))[0]))

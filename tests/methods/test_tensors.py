@@ -16,11 +16,11 @@ from smelt.core.method import Known
 from smelt.core.store import apply_edits, store_of
 from smelt.core.target import targets
 from smelt.graph import factors
-from smelt.train.split import Split
 from smelt.grids import cp, trains
 from smelt.methods.lowrank.cp import CP
 from smelt.methods.lowrank.tensor_train import TensorTrain
 from smelt.methods.lowrank.tucker import Tucker
+from smelt.train.split import Split
 
 
 class Holder(nn.Sequential):

@@ -244,12 +244,21 @@ def _placed(step: Step, where: _Where, around: _Around) -> tuple[Step, ...]:
         return steps
     if isinstance(act, Train) and around.inside:
         raise RecipeError(f"{where}: a {act.name} step cannot stand inside another")
+    if isinstance(act, Train) and act.scope == "block":
+        _check_blocks(step, where)
     if isinstance(act, Train) or (isinstance(act, Objective) and not act.needs_weights and around.on):
         step = replace(step, on=())  # who inherits a selector need not look at weights
     step = replace(step, place=step.place or str(where), origin=step.origin or around.origin)
     if isinstance(act, Method) or step.choice is not None:
         _check_place(step, where, around.inside)
     return (step,)
+
+
+def _check_blocks(step: Step, where: _Where) -> None:
+    for piece in step.pieces:
+        if not isinstance(piece.act, Codec) or piece.at == "saved":
+            what = f"{piece.key} at saved" if piece.at == "saved" else piece.key
+            raise RuleError(f"{where}: scope: block trains with codecs only; {what} needs scope: model")
 
 
 def _expanded(act: Composite, where: _Where, around: _Around) -> tuple[Step, ...]:

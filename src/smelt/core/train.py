@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from smelt.core.errors import RecipeError
@@ -11,6 +11,8 @@ from smelt.core.settings import check, ramps, setting
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "sign")
 SCHEDULES = ("cosine", "constant", "linear", "one-cycle")
+# What means something only where the whole model learns.
+ONE_MODEL = ("ema", "renorm", "mixup", "cutmix", "smoothing", "patience", "hard")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -25,7 +27,7 @@ class Train:
     steps: int | None = setting(None, "optimizer steps after which it ends, if the epochs have not", low=1)
     lr: float = setting(1e-3, "peak learning rate", low=0)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, "momentum (sgd) or beta1 (adam)", low=0, high=1)
+    momentum: float = setting(0.9, "momentum (sgd, sign) or beta1 (adam)", low=0, high=1)
     weight_decay: float = setting(0.0, "weight decay of the optimizer", low=0)
     schedule: str = setting("cosine", "learning rate over the loop, from the peak to zero", choices=SCHEDULES)
     warmup: float = setting(
@@ -51,6 +53,14 @@ class Train:
     patience: int | None = setting(None, "epochs without improvement before it stops", low=1)
     refresh: float = setting(0.01, "share of the loop between two updates of what ramps", low=0, high=1)
     hard: float = setting(1.0, "weight of the task's own loss on the labels", low=0)
+    scope: str = setting(
+        "model",
+        "what learns at a time: the model; or one block after another, to give what it gave in the teacher",
+        choices=("model", "block"),
+    )
+    batches: int | None = setting(
+        None, "scope block: batches of the training data that are held in memory and learned from; nothing: all", low=1
+    )
 
     def __post_init__(self) -> None:
         for name in ramps(self):
@@ -58,6 +68,12 @@ class Train:
         check(self, self.name)
         if self.momentum >= 1 and self.optimizer != "sgd":
             raise RecipeError(f"{self.name}.momentum is {self.momentum}; {self.optimizer} takes it as beta1, below 1")
+        others = ONE_MODEL if self.scope == "block" else ("batches",)
+        for f in fields(self):
+            if f.name in others and getattr(self, f.name) != f.default:
+                raise RecipeError(f"{self.name}.{f.name} does not go with scope: {self.scope}; take one of them out")
+        if self.scope == "block" and self.precision == "float16":
+            raise RecipeError(f"{self.name}.precision: float16 needs scope: model; take bfloat16")
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ def rebuilt(
                 own = part if block is not None else [t for t in part if t.places[0][0] == path]
                 runner.now.go(path)
                 aim.go(path)
+                if not (runner.now.held and aim.held):
+                    raise ModelError(f"{path} is never called {DOING}; take it out of the step")
                 yield Block(path, own, partial(runner.gather, block, own), runner.now.held, aim.outputs())
 
 

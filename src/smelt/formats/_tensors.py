@@ -63,8 +63,9 @@ def save_file(
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ModelError(f"save_file takes tensors by name, not {name!r}: {type(tensor).__name__}")
         check_holds(tensor, name)
-        x: Tensor | Encoded = tensor.detach().cpu().contiguous()
+        x = tensor.detach().cpu().contiguous()
+        part: Tensor | Encoded = x
         if lossy is not None and tensor.is_floating_point() and tensor.numel():
-            x = lossy.encode(x, lossy.fit(x, Stats(seed=seed_of(seed, name))))
-        pieces += [name, writer.part(pack(x, last))]
+            part = lossy.encode(x, lossy.fit(x, Stats(seed=seed_of(seed, name))))
+        pieces += [name, writer.part(pack(part, last))]
     return write(path, {"tensors": pieces}, writer.leaves, sealed=writer.sealed, force=force)

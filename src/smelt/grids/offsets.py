@@ -23,7 +23,7 @@ def start(x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, *, bits
     codes = uniform.quantize(values, scale, zero, bits=bits, symmetric=zero is None)
     most = 0.5 - EDGE
     found = codes + (place - codes).clamp(-most, most)
-    beyond = ((codes == first) & (place < found)) | ((codes == last) & (place > found))
+    beyond = ((codes == first) & (place < first - 0.5)) | ((codes == last) & (place > last + 0.5))
     return torch.where(beyond, place, found) - place
 
 

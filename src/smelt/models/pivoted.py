@@ -43,7 +43,7 @@ def build(first: Sequence[Any] = LEAST, rest: Sequence[Any] = LEAST) -> nn.Modul
             )
         parts.append(layer.build(entry[0], entry[1]))
         count += int(entry[1][KINDS[entry[0]][1]])
-    return Pivoted(*parts, KINDS[rest[0]][0], count)
+    return Pivoted(parts[0], parts[1], KINDS[rest[0]][0], count)
 
 
 class Pivoted(nn.Module):

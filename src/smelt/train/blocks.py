@@ -6,8 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 
 from smelt.core import shelf
 from smelt.core.apply import chosen, seed_of, weight_statistics
-from smelt.core.data import evaluating
-from smelt.core.edit import submodule
-from smelt.core.errors import DataError, ModelError
+from smelt.core.data import tensors
+from smelt.core.errors import DataError, ModelError, RuleError
 from smelt.core.named import first_line
 from smelt.core.output import replacing
 from smelt.core.progress import Progress
@@ -36,6 +34,7 @@ from smelt.train.loop import Loop, task_loss
 from smelt.train.rates import optimizer_of, set_rates
 from smelt.train.training import training
 
+LOSSES = "losses"
 Saved = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # path of a block -> plans and state at its end
 
 
@@ -88,6 +87,12 @@ class _Within(training):
         seen = self._block.gather(walked) if walked else {}
         return {t.name: {**found[t.name], **seen.get(t.name, {})} for t in members}
 
+    def learning(self) -> list[nn.Parameter]:
+        """Leaves of what is stored or acted on, and states."""
+        dense = {id(slot.leaves[""]) for slot in self._slots if slot.encoded is None and not slot.links}
+        dense |= {id(p) for p in self.root.parameters()}
+        return [p for p in self.parameters() if id(p) not in dense]
+
 
 class _Run:
     """The blocks of one step."""
@@ -103,20 +108,23 @@ class _Run:
             self.acting.append((piece, [t for t in members if t not in tied]))
         wanted = {t.name for _, members in self.acting for t in members} | set(store_of(model).entries)
         self.members = [t for t in targets(model) if t.name in wanted and t.parameter and len(t.places) == 1]
+        if not self.members:
+            raise RuleError(f"{act.name} has nothing to learn: nothing is stored, and no codec stands under 'with'")
         self.began = time.monotonic()
         self.done = 0
 
     def go(self, original: nn.Module) -> list[str]:
-        saved, losses = _opened(self.loop.checkpoint), {}
-        count, limit = len({_home(t) for t in self.members}), self.act.batches
+        saved = _opened(self.loop.checkpoint)
+        losses: dict[str, tuple[float, float]] = {}
         self.log = Log(self.loop.log, self.loop.index, 0)
         batches = self.loop.data.train
         assert batches is not None
         try:
-            for block in rebuilt(self.model, original, self.members, batches, limit):
+            for block in rebuilt(self.model, original, self.members, batches, self.act.batches):
                 names = {t.name for t in block.members}
                 own = [replace(p, on=tuple(n for t in ts if (n := t.name) in names)) for p, ts in self.acting]
-                self.count, self.total = count, _updates(self.act, len(block.calls))
+                self.total = self.act.epochs * -(-len(block.calls) // self.act.accumulate)
+                self.total = min(self.total, self.act.steps or self.total)
                 with torch.enable_grad():
                     losses[block.path] = self._fit(block, [piece for piece in own if piece.on], saved)
         finally:
@@ -133,7 +141,7 @@ class _Run:
     def _fit(self, block: Block, pieces: list[Step], saved: Saved) -> tuple[float, float]:
         """Let a block learn; (loss at first, loss at the end)."""
         loop, act = self.loop, self.act
-        context = _Within(
+        t = _Within(
             self.model,
             pieces,
             block,
@@ -144,26 +152,26 @@ class _Run:
             seed=loop.seed,
             tail=loop.tail,
         )
-        with context as t:
+        with t:
             fit = _Fit(t, block, act, seed_of(loop.seed, block.path))
             if block.path in saved:
                 plans, state = saved[block.path]
                 t.resume(self.total, plans)
                 t.load({k: v.to(block.aims[0].device) for k, v in state.items()})
                 self.done += self.total
-                found = tuple(state[_LOSSES].tolist())
+                found = tuple(state[LOSSES].tolist())
             else:
                 found = fit.go(self.total, self._advance)
-                state = {**t.state(), _LOSSES: torch.tensor(found, dtype=torch.float64)}
-                saved[block.path] = (t.plans(), state)
+                state = {**t.state(), LOSSES: torch.tensor(found, dtype=torch.float64)}
                 if loop.checkpoint is not None:
+                    saved[block.path] = (t.plans(), state)
                     _save(loop.checkpoint, saved)
             self.notes += t.notes
         return found[0], found[1]
 
     def _advance(self, path: str, update: int, loss: float, rate: float) -> None:
         self.done += 1
-        self.progress.advance(self.done, max(self.done, self.count * self.total), f"{path} loss {loss:.3g}")
+        self.progress.advance(update, self.total, f"{path} loss {loss:.3g}")
         seconds = time.monotonic() - self.began
         self.log.write(self.done, {"loss": loss, "rate": rate, "seconds": seconds})
 
@@ -171,10 +179,9 @@ class _Run:
 class _Fit:
     """The loop of one block."""
 
-    def __init__(self, t: training, block: Block, act: Train, seed: int):
+    def __init__(self, t: _Within, block: Block, act: Train, seed: int):
         self.t, self.block, self.act = t, block, act
-        dense = {id(p) for p in t.root.parameters()}
-        self.learning = [p for p in t.parameters() if id(p) not in dense]
+        self.learning = t.learning()
         self.kind = block.aims[0].device.type
         self.scale = [1 / max(float(aim.float().square().mean()), TINY) for aim in block.aims]
         self.draws = torch.Generator().manual_seed(seed)
@@ -227,14 +234,36 @@ class _Fit:
 
 
 TINY = 1e-30  # of mean squares
-_LOSSES = "losses"
 
 
 def _called(module: nn.Module, block: Block, call: Call) -> Tensor:
+    """The first tensor that it gives."""
     args, kwargs = fresh(call)
     try:
-        out = module(*args, **kwargs)
+        return next(tensors(module(*args, **kwargs)))
     except Exception as error:
         raise ModelError(f"{block.path} fails while it is trained: {first_line(error)}") from error
-    return out
 
+
+def _save(path: Path, saved: Saved) -> None:
+    """As a safetensors file, renamed into place."""
+    leaves = {f"{block}|{k}": v.contiguous() for block, (_, state) in saved.items() for k, v in state.items()}
+    plans = {block: plan for block, (plan, _) in saved.items()}
+    data = to_bytes(leaves, {"smelt": json.dumps(plans)})
+    with replacing(path, True, len(data)) as file:
+        file.write(data)
+
+
+def _opened(path: Path | None) -> Saved:
+    """The inverse; a damaged file counts as none."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        with safe_open(str(path), "pt") as f:
+            saved: Saved = {block: (plans, {}) for block, plans in json.loads(f.metadata()["smelt"]).items()}
+            for key in f.keys():  # noqa: SIM118  (not a mapping)
+                block, _, name = key.partition("|")
+                saved[block][1][name] = f.get_tensor(key)
+        return saved
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return {}

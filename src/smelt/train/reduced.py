@@ -92,7 +92,8 @@ class View:
 
     def squares(self) -> Tensor:
         """Squared singular values in the norm, falling."""
-        return Truncated(self.wanted, self.rows, self.columns).squares
+        found: Tensor = Truncated(self.wanted, self.rows, self.columns).squares
+        return found
 
     def split(self, rank: int, count: int = 0, rounds: int = 1) -> Split:
         """The best factors of a rank, beside `count` weights that stay; the two take turns (Zhou & Tao 2011, GoDec)."""
@@ -237,9 +238,9 @@ class Views:
             return View(layer, wanted, None if outputs is None else Root(outputs), Root(near), None, means)
         rows, width = weight.shape[1] * weight.shape[2], weight.shape[3]
         own = near.reshape(rows, width, rows, width).diagonal(dim1=1, dim2=3).mean(-1)
-        columns = None if outputs is None else Root(torch.kron(outputs, torch.eye(width).to(outputs)))
+        heard = None if outputs is None else Root(torch.kron(outputs, torch.eye(width).to(outputs)))
         wide = factors.matrix(module, wanted.reshape(weight.shape), True)
-        return View(layer, wide, Root(own), columns, near, means)
+        return View(layer, wide, Root(own), heard, near, means)
 
 
 def _bias_of(target: Target) -> str:

@@ -40,9 +40,9 @@ class AdaRound(Codec):
     runs, of a `block` of the model at a time or of a `layer` (`gather`), on outputs of what is already stored; w is
     then what comes closest to the outputs as they were before (`original`).  Pruned weights stay 0.
 
-    Inside `train` the v learn from the loss of the whole model, together with all else that learns.  With `soft: 0`
-    they start from the choices found by H, every forward pass uses whole choices, and v has the slope of h(v); with
-    `soft: {ramp: [1, 0]}` they start from the unrounded weights, and h(v / soft) hardens.
+    Inside `train` the v learn from its loss, of the model or of a block, together with all else that learns.  With
+    `soft: 0` they start from the choices found by H, every forward pass uses whole choices, and v has the slope of
+    h(v); with `soft: {ramp: [1, 0]}` they start from the unrounded weights, and h(v / soft) hardens.
 
     applies to: linear; convolution, grouped too
     needs a pretrained model: yes

@@ -108,17 +108,18 @@ class GPTQ(Codec):
             h = damped(now, self.damp)
             g = None if slope is None else damped(slope, self.spread)
             parts.append(self._rounded(w if before is now else aimed(w, h, before, now), keep, h, g, whole))
-        side = sides.side_shape(x.shape, *self._layout())
+        shape = sides.side_shape(x.shape, *self._layout())
         values, scale, zero = (
             None if part[0] is None else torch.cat([p for p in part if p is not None])
             for part in zip(*parts, strict=True)
         )
-        assert values is not None
-        scale, zero = (s if s is None else s.flatten()[: numel(side)].reshape(side) for s in (scale, zero))
+        assert values is not None and scale is not None
+        scale, zero = (None if s is None else s.flatten()[: numel(shape)].reshape(shape) for s in (scale, zero))
+        assert scale is not None
+        values = values.reshape(x.shape)
         if not self.learn or stats.inside is None:
-            return State(scale=scale, zero=zero, shift=values.reshape(x.shape) - wide)
-        step, side = self._spread(scale, zero, x.shape)
-        offset = offsets.start(wide, values.reshape(x.shape), step, side, bits=self.bits)
+            return State(scale=scale, zero=zero, shift=values - wide)
+        offset = offsets.start(wide, values, *self._spread(scale, zero, x.shape), bits=self.bits)
         ends = scale.new_zeros(2, *scale.shape)
         return State(scale=scale, zero=zero, offset=offset, ends=ends, learn=("offset", "ends"))
 
@@ -217,7 +218,7 @@ class GPTQ(Codec):
             return super().simulate(x, state)
         step, side = self._spread(*self._sides(state), x.shape)
         wanted = self._wanted(x.detach(), step, state)
-        return learned.rounded(wanted, step, side, bits=self.bits, symmetric=side is None).to(x.dtype)
+        return learned.rounded(wanted, step, side, bits=self.bits, symmetric=side is None, beyond=0.5).to(x.dtype)
 
     def _wanted(self, x: Tensor, step: Tensor, state: Any) -> Tensor:
         """What is rounded to the nearest level."""
@@ -231,7 +232,7 @@ class GPTQ(Codec):
             return scale, zero
         now, at = offsets.sides(scale, zero, state.ends, bits=self.bits, fixed=self.symmetric)
         near = self._as_stored(now, at)
-        return straight_through(now, near[0]), None if near[1] is None else straight_through(at, near[1])
+        return straight_through(now, near[0]), at if at is None or near[1] is None else straight_through(at, near[1])
 
     def _spread(self, scale: Tensor, zero: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         form = Affine(*self._layout(), self.bits, zero is None)

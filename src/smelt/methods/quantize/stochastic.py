@@ -39,13 +39,14 @@ class Stochastic(Codec):
     needs data: no
     needs training: no; at saved it makes the memory of training smaller
     good at: activations in 2 bits, 12 to 20 times less memory for the same accuracy; convolutions with batch norms
-    bad at: weights (quantize.affine rounds to the nearest); steps are slower, on a CPU by a half
+    bad at: weights (quantize.affine rounds to the nearest); steps take about twice as long on a CPU, where glibc \
+gives memory back only with MALLOC_MMAP_THRESHOLD_=262144 in the environment
     source: Chen et al. 2021, arXiv:2104.14129 (ActNN); adapt: Liu et al. 2022, arXiv:2206.11357 (GACT)
     """
 
     places: ClassVar[tuple[str, ...]] = ("weight", "saved")
 
-    bits: int = setting(2, "bits per value; with adapt, their mean", low=1, high=8)
+    bits: int = setting(3, "bits per value; with adapt, their mean", low=1, high=8)
     group: int = setting(256, "values that share their ends, a multiple of 8", low=8, high=1 << 20)
     rest: int = setting(8, "at saved, bits of what operations save that are not known by name", low=1, high=8)
     adapt: int | None = setting(

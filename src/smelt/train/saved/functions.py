@@ -1,6 +1,7 @@
 """Operations with a backward pass of their own, which reads what the shelter holds.
 
-Each takes what it needs of its inputs as a `Held`, and lets go of it when its gradient is known.
+Each takes what it needs of its inputs as a `Held`, and lets go of it when its gradient is known.  An output that is
+known before comes as a list of one: a tensor given as it is would come back as a view, which nothing may change.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Gated(torch.autograd.Function):
     """A piecewise linear function of which the output is known; held: its `Gate`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, gate: Gate) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: list[Tensor] | None, gate: Gate) -> Tensor:
         """y None: ReLU in place."""
         ctx.held, ctx.layout = gate, (x.size(), x.stride())
         if y is not None:
-            return y
+            return y[0]
         ctx.mark_dirty(x)
         return x.relu_()
 
@@ -61,9 +62,9 @@ class Sloped(torch.autograd.Function):
     """A function of each element by itself; held: its slope."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, slope: tuple[Held, Any, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: list[Tensor], slope: tuple[Held, Any, Any]) -> Tensor:
         ctx.held = slope
-        return y
+        return y[0]
 
     @staticmethod
     @once_differentiable
@@ -75,9 +76,9 @@ class Masked(torch.autograd.Function):
     """Dropout; held: the gate of what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Gate, factor: float) -> Tensor:
-        ctx.held, ctx.factor, ctx.layout = gate, factor, (y.size(), y.stride())
-        return y
+    def forward(ctx: Any, x: Tensor, y: list[Tensor], gate: Gate, factor: float) -> Tensor:
+        ctx.held, ctx.factor, ctx.layout = gate, factor, (x.size(), x.stride())
+        return y[0]
 
     @staticmethod
     @once_differentiable
@@ -91,9 +92,11 @@ class Pooled(torch.autograd.Function):
     """A pooling; held: what `backward` of it needs besides the gradient and an input of the right layout."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, held: Any, back: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: list[Tensor], held: Any, back: Callable[[Tensor, Tensor, Any], Tensor]
+    ) -> Tensor:
         ctx.held, ctx.back, ctx.layout = held, back, (x.size(), x.stride(), x.dtype)
-        return y
+        return y[0]
 
     @staticmethod
     @once_differentiable
@@ -134,7 +137,8 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, held: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.held = held
-        return torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(x, weight, bias)
+        return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @once_differentiable
@@ -162,14 +166,14 @@ class Normalised(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        y: Tensor,
+        y: list[Tensor],
         norm: Normed,
         rstd: Tensor,
         back: Any,
     ) -> Tensor:
         ctx.save_for_backward(weight, rstd)
         ctx.held, ctx.back, ctx.dtype = norm, back, x.dtype
-        return y
+        return y[0]
 
     @staticmethod
     @once_differentiable

@@ -126,6 +126,6 @@ def _normalised(
     norm = Normed(make, y, scale, shift)
     shelter.count(source)
     shelter.taken += kept.numel() * kept.element_size()
-    out: Tensor = Normalised.apply(x, weight, bias, y, norm, kept, back)
+    out: Tensor = Normalised.apply(x, weight, bias, [y], norm, kept, back)
     shelter.promise(out, norm)
     return out

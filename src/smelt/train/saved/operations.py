@@ -27,7 +27,7 @@ def relu(shelter: Shelter, input: Tensor, inplace: bool = False) -> Any:
     if not input.requires_grad or not dense(input):
         return NotImplemented
     gate, held = shelter.rectified(input.detach())
-    y: Tensor = Gated.apply(input, None if inplace else input.detach().relu(), gate)
+    y: Tensor = Gated.apply(input, None if inplace else [input.detach().relu()], gate)
     shelter.count(y.detach())
     shelter.put(y, held)
     return y
@@ -59,7 +59,7 @@ def _piecewise(shelter: Shelter, x: Tensor, y: Tensor, where: Tensor | None, slo
         return NotImplemented
     shelter.settle()
     shelter.count(x.detach())
-    return Gated.apply(x, y, shelter.gate(x.detach(), where, slope))
+    return Gated.apply(x, [y], shelter.gate(x.detach(), where, slope))
 
 
 def smooth(function: Callable[..., Tensor]) -> Handler:
@@ -75,7 +75,7 @@ def smooth(function: Callable[..., Tensor]) -> Handler:
             y = function(x, *args, **kwargs)
             (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
         shelter.count(x.detach())
-        return Sloped.apply(input, y.detach(), shelter.held(slope))
+        return Sloped.apply(input, [y.detach_()], shelter.held(slope))
 
     return handler
 
@@ -87,7 +87,7 @@ def dropout(shelter: Shelter, input: Tensor, p: float = 0.5, training: bool = Tr
     noise = torch.empty_like(input).bernoulli_(1 - p)
     gate = shelter.gate(noise)
     shelter.count(noise.detach())
-    return Masked.apply(input, input.detach() * noise.div_(1 - p), gate, 1 / (1 - p))
+    return Masked.apply(input, [input.detach() * noise.div_(1 - p)], gate, 1 / (1 - p))
 
 
 def max_pool2d(
@@ -130,7 +130,7 @@ def max_pool2d(
             g, like, kernel, step, pad, apart, ceil_mode, index
         )
 
-    return Pooled.apply(input, y, codes, back)
+    return Pooled.apply(input, [y], codes, back)
 
 
 def avg_pool2d(
@@ -153,7 +153,7 @@ def avg_pool2d(
     def back(g: Tensor, like: Tensor, held: Any) -> Tensor:
         return aten.avg_pool2d_backward(g, like, *settings, divisor_override)  # type: ignore[no-any-return]
 
-    return Pooled.apply(input, aten.avg_pool2d(x, *settings, divisor_override), (), back)
+    return Pooled.apply(input, [aten.avg_pool2d(x, *settings, divisor_override)], (), back)
 
 
 def adaptive_avg_pool2d(shelter: Shelter, input: Tensor, output_size: Any) -> Any:
@@ -167,7 +167,7 @@ def adaptive_avg_pool2d(shelter: Shelter, input: Tensor, output_size: Any) -> An
     def back(g: Tensor, like: Tensor, held: Any) -> Tensor:
         return aten._adaptive_avg_pool2d_backward(g, like)  # type: ignore[no-any-return]
 
-    return Pooled.apply(input, aten._adaptive_avg_pool2d(x, size), (), back)
+    return Pooled.apply(input, [aten._adaptive_avg_pool2d(x, size)], (), back)
 
 
 def convolution(dims: int, transposed: bool) -> Handler:
