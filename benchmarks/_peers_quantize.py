@@ -70,6 +70,10 @@ def cell(
             network = _llama.read(folder)
             _llama.fill(network, Path(place) / f"{number}.safetensors")
             perplexity = TEXT[model].perplexity(network, folder, windows)
+            if (left := _left(network, _llama.read(folder))) > 0:
+                reason = f"it left {left:.0%} of the weights in 16 bits or more (perplexity {perplexity:.4f})"
+                found[number] = {"failed": reason}
+                continue
             seconds = float(said[number][2])
             found[number] = {
                 "perplexity": perplexity,
@@ -77,6 +81,17 @@ def cell(
                 "seconds": seconds,
             }
     return found
+
+
+def _left(network: torch.nn.Module, plain: torch.nn.Module) -> float:
+    """Share of the weights in blocks that were not quantized: those that are only rounded to a float of 16 bits."""
+    total = same = 0
+    for (name, x), y in zip(network.named_parameters(), plain.parameters(), strict=True):
+        if name.startswith("model.layers.") and x.dim() > 1:
+            total += x.numel()
+            if any(torch.equal(x, y.to(kind).float()) for kind in (torch.float32, torch.bfloat16, torch.float16)):
+                same += x.numel()
+    return same / total
 
 
 def _packed(network: torch.nn.Module, bits: int, group: int, peer: str) -> float:
