@@ -1,4 +1,4 @@
-"""Layers fitted one after another, each to what it gave before any was changed, on what enters it now."""
+"""Layers fitted one after another, each to what it gave before any was changed, on what enters it now, and replaced."""
 
 from __future__ import annotations
 
@@ -9,13 +9,57 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core.apply import CALIBRATION_BATCHES
+from smelt.core.edit import Edit, Note, Replace
 from smelt.core.method import Known
 from smelt.core.target import Target
 from smelt.core.target import targets as all_targets
 from smelt.core.walk import walk
+from smelt.graph.factors import Speed
+from smelt.graph.reads import outside
 from smelt.statistics.gram import aimed, damped
 
 Fit = Callable[[Target, Tensor, Tensor], Tensor]
+# (target, w, metric) -> the new layers, and the weight that they amount to
+Make = Callable[[Target, Tensor, Tensor], tuple[Replace, Tensor]]
+Dense = Callable[[Target], str | None]
+
+
+@torch.no_grad()
+def replaced(
+    model: nn.Module,
+    targets: Sequence[Target],
+    known: Known,
+    dense: Dense,
+    make: Make,
+    *,
+    damp: float | None,
+    faster: bool,
+) -> tuple[list[Edit], list[Edit]]:
+    """(edits of the layers that can be made anew, in the order in which they are fitted; notes of the others).
+
+    dense: why a layer stays as it is, if it does.
+    damp: as in `in_order`; None fits the weights without data.
+    faster: layers that run no faster on the example stay dense, too.
+    """
+    read = outside(model)
+    reasons = {t.name: read.get(t.places[0][0]) or dense(t) for t in targets}
+    members = [t for t in targets if not reasons[t.name]]
+    speed = None
+    if faster:
+        speed = Speed(model, [t.places[0][0] for t in members], known.example(model, "to time layers on"))
+    edits: list[Edit] = []
+
+    def put(target: Target, w: Tensor, metric: Tensor) -> Tensor:
+        found, made = make(target, w, metric)
+        slower = speed.slower(found) if speed else None
+        edits.append(Note(target.name, slower) if slower else found)
+        return target.tensor if slower else made
+
+    if damp is not None and members:
+        in_order(model, members, known, damp, put)
+    else:
+        by_weight(members, put)
+    return edits, [Note(name, reason) for name, reason in reasons.items() if reason]
 
 
 @torch.no_grad()

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smelt.core.edit import Edit, Note, Replace
+from smelt.core.edit import Edit, Replace
 from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
-from smelt.graph.factors import Part, Speed, chain, conv, refusal
-from smelt.graph.reads import outside
+from smelt.graph.factors import Part, chain, conv, refusal
 from smelt.grids.clusters import together
 from smelt.grids.terms import Supported, fit
-from smelt.train.aimed import by_weight, in_order
+from smelt.train.aimed import replaced
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d)
 
@@ -64,25 +63,12 @@ class Grouped(Rewrite):
 
     @torch.no_grad()
     def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
-        read = outside(model)
-        reasons = {t.name: read.get(t.places[0][0]) or self._dense(t) for t in targets}
-        notes = [Note(name, reason) for name, reason in reasons.items() if reason]
-        members = [t for t in targets if not reasons[t.name]]
-        speed = None
-        if self.keep == "faster":
-            speed = Speed(model, [t.places[0][0] for t in members], known.example(model, "to time layers on"))
-        edits: list[Edit] = []
+        damp, faster = self.damp if self.weighted else None, self.keep == "faster"
 
-        def put(target: Target, w: Tensor, metric: Tensor) -> Tensor:
-            found, made = self._split(target, w, metric, known.seed)
-            slower = speed.slower(found) if speed else None
-            edits.append(Note(target.name, slower) if slower else found)
-            return target.tensor if slower else made
+        def make(target: Target, w: Tensor, metric: Tensor) -> tuple[Replace, Tensor]:
+            return self._split(target, w, metric, known.seed)
 
-        if self.weighted and members:
-            in_order(model, members, known, self.damp, put)
-        else:
-            by_weight(members, put)
+        edits, notes = replaced(model, targets, known, self._dense, make, damp=damp, faster=faster)
         return [*edits, *notes]
 
     def _split(self, target: Target, w: Tensor, metric: Tensor, seed: int) -> tuple[Replace, Tensor]:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from smelt.core.apply import CALIBRATION_BATCHES
 from smelt.core.data import batch, evaluating, forward_or_raise, move
-from smelt.core.edit import Edit, Note, Replace
+from smelt.core.edit import Edit, Replace
 from smelt.core.errors import DataError, RecipeError
 from smelt.core.method import Known, Rewrite
 from smelt.core.settings import setting
 from smelt.core.target import Target
-from smelt.graph.factors import Part, Speed, chain, conv, refusal
-from smelt.graph.reads import outside
+from smelt.graph.factors import Part, chain, conv, refusal
 from smelt.grids.terms import Fitted, Outer, Supported, columns, fit
-from smelt.train.aimed import by_weight, in_order
+from smelt.train.aimed import replaced
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d)
 ORDERS = ("depthwise", "pointwise", "both")
@@ -93,25 +92,8 @@ class Separable(Rewrite):
 
     @torch.no_grad()
     def plan(self, model: nn.Module, targets: Sequence[Target], known: Known) -> list[Edit]:
-        read = outside(model)
-        reasons = {t.name: read.get(t.places[0][0]) or self._dense(t) for t in targets}
-        notes = [Note(name, reason) for name, reason in reasons.items() if reason]
-        members = [t for t in targets if not reasons[t.name]]
-        speed = None
-        if self.keep == "faster":
-            speed = Speed(model, [t.places[0][0] for t in members], known.example(model, "to time layers on"))
-        edits: list[Edit] = []
-
-        def put(target: Target, w: Tensor, metric: Tensor) -> Tensor:
-            found, made = self._chain(target, w, metric)
-            slower = speed.slower(found) if speed else None
-            edits.append(Note(target.name, slower) if slower else found)
-            return target.tensor if slower else made
-
-        if self.weighted and members:
-            in_order(model, members, known, self.damp, put)
-        else:
-            by_weight(members, put)
+        damp, faster = self.damp if self.weighted else None, self.keep == "faster"
+        edits, notes = replaced(model, targets, known, self._dense, self._chain, damp=damp, faster=faster)
         if self.between != "nothing":
             edits = _with_norms(model, edits, known, self.between == "relu")
         return [*edits, *notes]
