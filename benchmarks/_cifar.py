@@ -10,9 +10,11 @@ import io
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from _bench import Row, arguments, conditions, data_folder, finish, run_cells
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -123,3 +125,38 @@ def data(
     x, y = read(folder, "test", cache)
     splits["test"] = Batches(scaled(x[:test]), y[:test], 500)
     return Data(**splits, name="CIFAR-10 as JPEG", fingerprint=fingerprint(splits))
+
+
+def root() -> Path | None:
+    """The folder of the data if all that the networks need is in it; otherwise it is said what is missing."""
+    folders = [data_folder(name) for name in FOLDERS]
+    return None if any(folder is None for folder in folders) else Path(str(folders[0])).parent
+
+
+def run(
+    name: str,
+    description: str,
+    grid: Callable[[Any, Path], list[dict[str, Any]]],
+    cell: Callable[..., Any],
+    rows: Callable[[list[dict[str, Any]], list[Any]], list[Row]],
+    seconds: Callable[[list[dict[str, Any]]], float],
+    ready: Callable[[str, Path], Any] | None = None,
+) -> int:
+    """The main of a benchmark: exit status.
+
+    Args:
+        grid: flags and folder of the data -> cells.
+        seconds: what one of the cells takes, on average.
+        ready: called for each network of the cells before they run, to train it once for all.
+    """
+    args, folder = arguments(description), root()
+    if folder is None:
+        return 4
+    print(conditions())
+    cells = grid(args, folder)
+    for network in {one["name"] for one in cells} if ready else ():
+        assert ready is not None
+        ready(network, folder)
+    runs = run_cells(name, cell, cells, jobs=args.jobs, fresh=args.fresh, seconds=seconds(cells))
+    finish(rows(cells, runs), args.json)
+    return 0

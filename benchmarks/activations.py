@@ -28,7 +28,7 @@ from typing import Any
 
 import _cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row, arguments, conditions, finish, run_cells
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -269,11 +269,9 @@ def at_rest(cache: dict[str, Any], images: int) -> list[Row]:
 
 def main() -> int:
     args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    if any(folder is None for folder in folders):
+    folder = _cifar.root()
+    if folder is None:
         return 4
-    assert folders[0] is not None
-    folder = folders[0].parent
     print(conditions())
     _cifar.read(folder, "train", CACHE)
     ways = ("plain", "checkpointing", MAIN) if args.quick else tuple(w for w in WAYS if args.long or "adapted" not in w)

@@ -20,7 +20,7 @@ from typing import Any
 
 import _cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row, arguments, conditions, finish, run_cells
 from prune_cifar import accuracy, network
 from torch import nn
 
@@ -174,8 +174,7 @@ def _mean(several: dict[int, dict[str, Any]]) -> float:
 
 def main() -> int:
     args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    folder = "" if any(one is None for one in folders) else str(folders[0].parent)  # type: ignore[union-attr]
+    folder = str(_cifar.root() or "")
     print(conditions())
     CACHE.mkdir(parents=True, exist_ok=True)
     digits_teacher()  # trained once, for all cells

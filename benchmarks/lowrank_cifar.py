@@ -24,7 +24,7 @@ from typing import Any
 import _cifar
 import prune_cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row, arguments, conditions, finish, run_cells
 from torch import Tensor, nn
 
 import smelt
@@ -304,14 +304,13 @@ def _against(name: str, factor: float, means: dict[Any, dict[str, float]]) -> li
 
 def main() -> int:
     args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    if any(folder is None for folder in folders):
+    folder = _cifar.root()
+    if folder is None:
         return 4
-    assert folders[0] is not None
     print(conditions())
-    cells = grid(args, folders[0].parent)
+    cells = grid(args, folder)
     for name in {cell["name"] for cell in cells}:
-        network(name, folders[0].parent, args.quick)  # trained once, for all cells
+        network(name, folder, args.quick)  # trained once, for all cells
     seconds = 12 if args.quick else 50 * (cells[0]["images"] + 6000) / (TUNE + 6000)
     runs = run_cells("lowrank_cifar", cell, cells, jobs=args.jobs, fresh=args.fresh, seconds=seconds)
     finish(rows(cells, runs), args.json)

@@ -24,7 +24,7 @@ from typing import Any
 
 import _cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row
 from torch import Tensor, nn
 
 import smelt
@@ -308,18 +308,7 @@ def _against(label: str, ours: dict[str, Any], theirs: dict[str, Any], spread: f
 
 
 def main() -> int:
-    args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    if any(folder is None for folder in folders):
-        return 4
-    assert folders[0] is not None
-    print(conditions())
-    cells = grid(args, folders[0].parent)
-    for name in {cell["name"] for cell in cells}:
-        network(name, folders[0].parent)  # trained on JPEGs once, for all cells
-    runs = run_cells("prune_cifar", cell, cells, jobs=args.jobs, fresh=args.fresh, seconds=estimate(cells))
-    finish(rows(cells, runs), args.json)
-    return 0
+    return _cifar.run("prune_cifar", __doc__ or "", grid, cell, rows, estimate, network)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 import _cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row, arguments, conditions, finish, run_cells
 from prune_cifar import accuracy, network
 
 import smelt
@@ -113,12 +113,11 @@ def rows(cells: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[Row]:
 
 def main() -> int:
     args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    if any(folder is None for folder in folders):
+    folder = _cifar.root()
+    if folder is None:
         return 4
-    assert folders[0] is not None
     print(conditions())
-    cells = grid(args, str(folders[0].parent))
+    cells = grid(args, str(folder))
     seconds = 8 if args.quick else 45 * (5 if args.long else 1)
     runs = run_cells("recover", cell, cells, jobs=args.jobs, fresh=args.fresh, seconds=seconds)
     finish(rows(cells, runs), args.json)

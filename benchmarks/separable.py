@@ -20,7 +20,7 @@ from typing import Any
 
 import _cifar
 import torch
-from _bench import CACHE, Row, arguments, conditions, data_folder, finish, run_cells
+from _bench import CACHE, Row
 from prune_cifar import accuracy, network, speed
 from torch import nn
 
@@ -146,18 +146,7 @@ def rows(cells: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[Row]:
 
 
 def main() -> int:
-    args = arguments(__doc__ or "")
-    folders = [data_folder(name) for name in _cifar.FOLDERS]
-    if any(folder is None for folder in folders):
-        return 4
-    assert folders[0] is not None
-    print(conditions())
-    cells = grid(args, folders[0].parent)
-    for name in {cell["name"] for cell in cells}:
-        network(name, folders[0].parent)  # trained on JPEGs once, for all cells
-    runs = run_cells("separable", cell, cells, jobs=args.jobs, fresh=args.fresh, seconds=estimate(cells))
-    finish(rows(cells, runs), args.json)
-    return 0
+    return _cifar.run("separable", __doc__ or "", grid, cell, rows, estimate, network)
 
 
 if __name__ == "__main__":
