@@ -185,7 +185,7 @@ def test_a_budget_of_all_layers_leaves_least() -> None:
     assert any(isinstance(e, Note) and e.tensor == "2.weight" and "as it is" in e.reason for e in found)
     (note,) = [e.reason for e in found if isinstance(e, Note) and not e.tensor]
     assert note == "560 of 800 parameters of the layers are left, of 560 in the budget"
-    with pytest.raises(RecipeError, match=r"the budget '0.05x' is 40 parameters; the layers take from 80 to 800"):
+    with pytest.raises(RecipeError, match=r"the budget '0.05x' of parameters is 40; the layers take from 80 to 800"):
         edits(model, known(), budget="0.05x")
 
 
@@ -303,11 +303,42 @@ def test_what_gets_slower_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert note == Note("0.weight", "with rank 5 it would take 9 ms in place of 2 ms")
 
 
+def test_a_budget_of_measured_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 0 takes 1 ms and 0.1 ms a rank, layer 2 takes 1 ms and 9 with any rank: that one stays dense."""
+    model = model_of(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    seen = []
+
+    def clock(self: Any, edit: Replace) -> tuple[float, float]:
+        rank = edit.values["0.weight"].shape[0]
+        seen.append((edit.path, rank))
+        return 1.0, 0.1 * rank if edit.path == "0" else 9.0
+
+    monkeypatch.setattr(factors.Speed, "milliseconds", clock)
+    found = edits(model.double(), known(torch.randn(4, 20).double()), budget="0.8x", of="milliseconds")
+    (edit,) = [e for e in found if isinstance(e, Replace)]
+    assert edit.path == "0" and edit.values["0.weight"].shape[0] == 4  # of 3 ms, 2.4; two layers take 2
+    assert Note("", "2,400,000 of 3,000,000 nanoseconds of the layers are left, of 2,400,000 in the budget") in found
+    ranks = [rank for path, rank in seen if path == "0"]
+    assert ranks == sorted(set(ranks)) and ranks[-1] == 9  # the largest that is smaller than 400 numbers
+    with pytest.raises(RecipeError, match=r"the budget '0.5x' of milliseconds is 1,500,000; the layers take from"):
+        edits(model, known(torch.randn(4, 20).double()), budget="0.5x", of="milliseconds")
+
+
+def test_what_is_measured_is_the_layer_on_its_own_inputs() -> None:
+    model = nn.Sequential(nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 400)).eval()
+    found = edits(model, known(torch.randn(256, 400)), budget="0.6x", of="milliseconds")
+    assert any(isinstance(e, Replace) for e in found)
+    for settings in ({"budget": "0.5x", "of": "milliseconds"},):
+        with pytest.raises(DataError, match="to measure layers"):
+            edits(model, Known(), **settings)
+
+
 def test_settings_that_do_not_go_together() -> None:
     for settings, words in (
         ({"budget": "0.5x", "rank": 3}, "rank and budget each fix the rank"),
         ({"budget": "4 bits"}, "a share such as '0.8x'"),
         ({"budget": "1 MB", "of": "macs"}, "a share such as '0.8x'"),
+        ({"budget": "3 kB", "of": "milliseconds"}, "a share such as '0.8x'"),
         ({"budget": "some"}, "no number with a unit"),
         ({"of": "macs"}, "give a budget"),
         ({"refit": True}, "weight: inputs"),

@@ -262,8 +262,8 @@ class Speed:
             forward_or_raise(model, example, "on the example")
 
     @torch.no_grad()
-    def slower(self, edit: Replace) -> str | None:
-        """Why the layer stays dense: the median of alternating runs is no shorter; None where it is not called."""
+    def milliseconds(self, edit: Replace) -> tuple[float, float] | None:
+        """Medians of alternating runs of the layer and of what would take its place; None where it is not called."""
         if edit.path not in self._calls:
             return None
         args, kwargs = self._calls[edit.path]
@@ -274,5 +274,9 @@ class Speed:
         new = holder.get_submodule("layer")
         with evaluating(old), evaluating(new):
             took = latencies({"old": lambda: old(*args, **kwargs), "new": lambda: new(*args, **kwargs)}, RUNS, WARMUP)
-        before, after = took["old"].median, took["new"].median
+        return took["old"].median, took["new"].median
+
+    def slower(self, edit: Replace) -> str | None:
+        """Why the layer stays dense: it would be no faster; None where it is, or is not called."""
+        before, after = self.milliseconds(edit) or (1.0, 0.0)
         return f"it would take {after:.3g} ms in place of {before:.3g} ms" if after >= before else None

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from smelt.graph.reads import outside
 from smelt.grids import ranks
 from smelt.train.reduced import MOMENTS, NORMS, Layer, Norm, Split, Views
 
+TIMED = 8  # ranks of a layer that are measured
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -63,7 +66,7 @@ class SVD(Rewrite):
     rank: int | None = setting(None, "singular values to keep", low=1)
     energy: float | None = setting(None, "share of the sum of squared singular values to keep", low=0, high=1)
     budget: str | None = setting(None, "'0.8x' of what `of` names, or '1.2 MB' of parameters, for all layers together")
-    of: str = setting("parameters", "what the budget is of", choices=("parameters", "macs"))
+    of: str = setting("parameters", "what the budget is of", choices=("parameters", "macs", "milliseconds"))
     weight: str = setting("plain", "what errors of the weight count by", choices=NORMS)
     refit: bool = setting(False, "fit layer after layer to inputs as they now are (weight: inputs or loss)")
     scheme: str = setting("channel", "how a 2-D convolution is split", choices=("channel", "spatial"))
@@ -82,7 +85,7 @@ class SVD(Rewrite):
             raise RecipeError(f"{self.name}: {' and '.join(given)} each fix the rank; give one of them")
         if self.budget is not None:
             unit = Budget.parse(self.budget, f"{self.name}.budget").unit
-            if unit != "x" and (self.of == "macs" or unit not in BYTES):
+            if unit != "x" and (self.of != "parameters" or unit not in BYTES):
                 raise RecipeError(f"{self.name}.budget {self.budget!r}: of {self.of} it is a share such as '0.8x'")
         elif self.of != "parameters":
             raise RecipeError(f"{self.name}.of {self.of!r} says what a budget is of; give a budget such as '0.5x'")
@@ -134,13 +137,32 @@ class SVD(Rewrite):
         """How many weights stay."""
         return round(self.sparse * layer.target.tensor.numel())
 
-    def _sizes(self, model: nn.Module, layers: Mapping[str, Layer], known: Known) -> dict[str, _Size]:
-        """What ranks of each layer take, and the layer as it is: parameters, or multiplications."""
+    def _sizes(self, model: nn.Module, layers: Mapping[str, Layer], known: Known) -> Mapping[str, _Size | _Time]:
+        """What ranks of each layer take, and the layer as it is: parameters, multiplications, or nanoseconds."""
         if self.of == "parameters":
             return {name: self._size(layer) for name, layer in layers.items()}
-        example = known.example(model, "to count multiplications (of: macs)")
-        at = factors.places(model, [layer.target for layer in layers.values()], example)
-        return {name: self._size(layer, *at[name]) for name, layer in layers.items()}
+        what = "to count multiplications (of: macs)" if self.of == "macs" else "to measure layers (of: milliseconds)"
+        example = known.example(model, what)
+        if self.of == "macs":
+            at = factors.places(model, [layer.target for layer in layers.values()], example)
+            return {name: self._size(layer, *at[name]) for name, layer in layers.items()}
+        speed = factors.Speed(model, [layer.target.places[0][0] for layer in layers.values()], example)
+        return {name: self._time(layer, speed) for name, layer in layers.items()}
+
+    def _time(self, layer: Layer, speed: factors.Speed) -> _Time:
+        """Of a layer with each of a few ranks, up to where it is no smaller than as it is."""
+        size = self._size(layer)
+        most = ranks.by_size(size.of, size.full, size.dense - 1)
+        tried = sorted({ranks.rounded(max(1, most * i // TIMED), self.multiple, size.full, up=True)
+                        for i in range(1, TIMED + 1)})  # fmt: skip
+        before, after = [], []
+        for rank in tried:
+            edit = self._edits(layer, self._draft(layer, rank))[0]
+            assert isinstance(edit, Replace)
+            took = speed.milliseconds(edit) or (0.0, 0.0)
+            before.append(took[0])
+            after.append(took[1])
+        return _Time(tuple(tried), tuple(after), median(before), size.full)
 
     def _size(self, layer: Layer, first: int = 1, second: int = 1) -> _Size:
         """With as many places for what the first and the second factor of a spatial pair give."""
@@ -158,7 +180,7 @@ class SVD(Rewrite):
         return Split(left, right, x.new_ones(x.shape) if self.sparse else None, None)
 
     def _picked(
-        self, views: Views, sizes: Mapping[str, _Size], layers: Mapping[str, Layer], notes: list[Edit]
+        self, views: Views, sizes: Mapping[str, _Size | _Time], layers: Mapping[str, Layer], notes: list[Edit]
     ) -> dict[str, int | None]:
         """The rank of each layer, or None for one that the budget leaves dense."""
         squares = {}
@@ -178,15 +200,16 @@ class SVD(Rewrite):
             picks = ranks.under(items, limit, self.multiple)
         except ValueError as error:
             raise RecipeError(
-                f"{self.name}: the budget {self.budget!r} is {limit:,} {self.of}; the layers take from "
+                f"{self.name}: the budget {self.budget!r} of {self.of} is {limit:,}; the layers take from "
                 f"{error.args[0]:,} to {dense:,}"
             ) from None
         picked = dict(zip(sizes, picks, strict=True))
         used = sum(size.dense if (r := picked[name]) is None else size.of(r) for name, size in sizes.items())
-        notes.append(Note("", f"{used:,} of {dense:,} {self.of} of the layers are left, of {limit:,} in the budget"))
+        what = "nanoseconds" if self.of == "milliseconds" else self.of
+        notes.append(Note("", f"{used:,} of {dense:,} {what} of the layers are left, of {limit:,} in the budget"))
         return picked
 
-    def _rank(self, size: _Size, squares: Tensor | None) -> int:
+    def _rank(self, size: _Size | _Time, squares: Tensor | None) -> int:
         if self.rank is not None:
             rank = self.rank
         elif self.energy is not None and squares is not None:
@@ -206,7 +229,7 @@ class SVD(Rewrite):
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        sizes: Mapping[str, _Size],
+        sizes: Mapping[str, _Size | _Time],
         picked: Mapping[str, int | None],
         known: Known,
         notes: list[Edit],
@@ -245,3 +268,21 @@ class _Size:
 
     def of(self, rank: int) -> int:
         return self.beside + rank * (self.each - rank * self.square)
+
+
+@dataclass(frozen=True)
+class _Time:
+    """The same in nanoseconds, from the milliseconds of some ranks; what lies between two is drawn as a line."""
+
+    tried: tuple[int, ...]
+    took: tuple[float, ...]
+    before: float
+    full: int
+
+    @property
+    def dense(self) -> int:
+        return round(1e6 * self.before)
+
+    def of(self, rank: int) -> int:
+        rising = np.maximum.accumulate(self.took)  # noise does not make a larger rank the faster one
+        return round(1e6 * float(np.interp(rank, self.tried, rising)))
