@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,18 @@ class Running:
     random: Tensor | None = None
 
 
-def save(path: Path, run: Running) -> None:
-    """As a safetensors file, renamed into place."""
+def save(path: Path, run: Running, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """As a safetensors file, renamed into place.
+
+    moments: what the optimizer remembers, by the number of the parameter.
+    """
     groups = {"now": run.t.state(), "best": run.best.state or {}}
     groups["average"] = {} if run.average is None else run.average.values
     groups["random"] = {} if run.random is None else {"": run.random}
     tensors = {f"{group}/{k}": v.contiguous() for group, found in groups.items() for k, v in found.items()}
-    for index, values in run.optimizer.state_dict()["state"].items():
+    for index, values in moments.items():
         for name, value in values.items():
-            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).clone().contiguous()
+            tensors[f"optimizer/{index}/{name}"] = value.clone().contiguous()
     meta = {
         "place": asdict(run.place),
         "done": run.t.done,

@@ -40,6 +40,7 @@ from smelt.train.log import Log
 from smelt.train.mixing import Mixed, mixed
 from smelt.train.processes import Processes
 from smelt.train.rates import optimizer_of, set_rates
+from smelt.train.shards import moments
 from smelt.train.training import training
 
 
@@ -95,7 +96,7 @@ def fit(model: nn.Module, step: Step, loop: Loop, progress: Progress | None = No
         refresh=act.refresh,
         seed=loop.seed,
         tail=loop.tail,
-        mean=processes.mean if processes.count > 1 else None,
+        processes=processes,
     )
     # Adam's moments of pruned weights decay into denormal numbers, which are several times slower to add.
     torch.set_flush_denormal(True)
@@ -117,8 +118,7 @@ class _Forward(nn.Module):
 
     def __init__(self, model: nn.Module, t: training, loss: Callable[[Any, Any], Tensor], act: Train):
         super().__init__()
-        own = {id(p) for p in model.parameters()}
-        self.model, self.beside = model, nn.ParameterList([p for p in t.parameters() if id(p) not in own])
+        self.model, self.beside = model, nn.ModuleList([m for m in t.holders() if any(True for _ in m.parameters())])
         self._t, self._loss, self._act = t, loss, act
 
     def forward(self, given: Mixed, guide: Tensor | None) -> Tensor:
@@ -149,8 +149,9 @@ class _Run:
         assert t.steps is not None
         self.updates: int = t.steps
         self.kind = loop.device.split(":")[0]
-        self.learning = list(t.parameters())
-        t.optimizer = optimizer_of(act, self.learning)
+        if act.precision == "float16" and processes.sharded:
+            raise RecipeError(f"{act.name}.precision: float16 does not go with FSDP; take bfloat16")
+        t.optimizer = optimizer_of(act, list(t.parameters()))
         scaler = torch.amp.GradScaler(self.kind, enabled=act.precision == "float16")
         average = None if act.ema is None else Average(t, act.ema)
         self.run = Running(t, t.optimizer, scaler, average, Place(), Best())
@@ -163,7 +164,17 @@ class _Run:
         if path is not None and path.exists():
             resume(path, run)
         self.processes.meet()
-        self.step = self.processes.wrap(_Forward(self.model, self.t, self._loss(), self.act))
+        self.step = self.processes.wrap(_Forward(self.model, self.t, self._loss(), self.act), run.optimizer)
+        self.learning = list(self.t.parameters())
+        try:
+            self._go()
+        except BaseException:
+            self.processes.leave(lost=True)
+            raise
+        self.processes.leave(lost=False)
+
+    def _go(self) -> None:
+        run = self.run
         self.log = Log(self.loop.log if self.processes.first else None, self.loop.index, self.t.done)
         try:
             while run.place.epoch < self.act.epochs and (self.t.done < self.updates or run.place.batch):
@@ -177,7 +188,8 @@ class _Run:
         elif run.average is not None:
             self.t.load(run.average.values)
         if run.best.state is None:
-            self._renew()
+            with self.processes.whole():
+                self._renew()
         if self.processes.count > 1:  # batch norms have seen other samples in each
             self.t.load(self.processes.agreed(self.t.state()))
 
@@ -230,12 +242,13 @@ class _Run:
             )
         if act.clip is not None:
             run.scaler.unscale_(run.optimizer)
-            nn.utils.clip_grad_norm_(self.learning, act.clip)
+        self.processes.ready(self.learning, act.clip)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         self.t.step()
         if run.average is not None:
-            run.average.update()
+            with self.processes.whole():
+                run.average.update()
         row = {"epoch": run.place.epoch + 1, "loss": total, "rate": now, "seconds": time.monotonic() - self.began}
         self.log.write(self.t.done, row)
         return total
@@ -263,7 +276,7 @@ class _Run:
         run.place.total, run.place.count = 0.0, 0
         over = False
         if self.valid is not None and self.loop.score is not None and self.t.settled:
-            with nullcontext() if run.average is None else run.average.standing():
+            with self.processes.whole(), nullcontext() if run.average is None else run.average.standing():
                 self._renew()
                 value = self.processes.agreed(self.loop.score(self.model, self.valid))
                 if value > run.best.value:
@@ -307,8 +320,11 @@ class _Run:
 
     def _save(self, random: Tensor | None) -> None:
         self.run.random = random
-        if self.loop.checkpoint is not None and self.processes.first:
-            save(self.loop.checkpoint, self.run)
+        if self.loop.checkpoint is not None:
+            remembered = moments(self.run.optimizer, self.learning)
+            with self.processes.whole():
+                if self.processes.first:
+                    save(self.loop.checkpoint, self.run, remembered)
         self.run.random, self.saved = None, time.monotonic()
 
     def _loss(self) -> Callable[[Any, Any], Tensor]:

@@ -70,6 +70,11 @@ class Objectives:
         }
         return {name: state for name, state in named.items() if state is not None}
 
+    @property
+    def writes(self) -> bool:
+        """Whether one may make inputs of its own."""
+        return any(type(_act(piece)).prepare is not Objective.prepare for piece in self.pieces)
+
     def prepare(self, model: nn.Module, inputs: Any, labels: Any, progress: float, seed: int) -> Any:
         """The inputs that an objective makes in the place of a batch; these very ones where none does."""
         self._counts = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,29 @@ class Link:
         given.register_hook(arrived)
 
 
+class Leaves(nn.Module):
+    """Path of a floating leaf -> its parameter; a module, in which engines of several processes put shares."""
+
+    def __init__(self, found: Mapping[str, nn.Parameter]):
+        super().__init__()
+        self._parameters.update(found)  # the names of paths are none that `register_parameter` takes
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._parameters
+
+    def __getitem__(self, path: str) -> nn.Parameter:
+        found = self._parameters[path]
+        assert found is not None
+        return found
+
+    def get(self, path: str, otherwise: Tensor) -> Tensor:
+        found = self._parameters.get(path)
+        return otherwise if found is None else found
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((path, self[path]) for path in self._parameters)
+
+
 @dataclass
 class Slot:
     """One tensor whose value is computed from its parameters at each forward pass.
@@ -51,7 +74,7 @@ class Slot:
 
     target: Target
     encoded: Encoded | None
-    leaves: dict[str, nn.Parameter]
+    leaves: Leaves
     carrier: str | None
     where: Tensor | None
     links: list[Link] = field(default_factory=list)
@@ -108,7 +131,7 @@ def slot_of(target: Target, tree: Encoded | None, shared: dict[int, nn.Parameter
     if tree is None:
         master = nn.Parameter(target.tensor.detach().float(), learn) if is_narrow(target) else target.tensor
         assert isinstance(master, nn.Parameter)
-        return Slot(target, None, {"": master}, "", None)
+        return Slot(target, None, Leaves({"": master}), "", None)
     leaves = {}
     for path, leaf in tree.leaves():
         if leaf.is_floating_point():
@@ -120,7 +143,7 @@ def slot_of(target: Target, tree: Encoded | None, shared: dict[int, nn.Parameter
     near = tree.map(lambda _, leaf: leaf.to(device))
     carrier, where = carriers[0] if len(carriers) == 1 else None, near.where()
     fits = where is not None and carrier is not None and where.shape == leaves[carrier].shape
-    return Slot(target, near, leaves, carrier, where if fits else None)
+    return Slot(target, near, Leaves(leaves), carrier, where if fits else None)
 
 
 def is_narrow(target: Target) -> bool:
@@ -155,13 +178,3 @@ def flatten(owner: nn.Module, name: str, value: Tensor) -> None:
     """Recurrent layers read their weights from a list of their own."""
     if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
         owner._flat_weights[owner._flat_weights_names.index(name)] = value
-
-
-@dataclass
-class Group:
-    """One piece with the tensors it acts on; their plan is made together."""
-
-    codec: Codec
-    slots: list[Slot]
-    links: list[Link]
-    statistics: dict[str, dict[str, Any]]

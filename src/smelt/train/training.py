@@ -35,18 +35,17 @@ from smelt.core.apply import (
 )
 from smelt.core.data import logits_of
 from smelt.core.edit import submodule
-from smelt.core.errors import DataError, ModelError, RecipeError
-from smelt.core.method import Codec, Inside, Known, Lossless, Method, Objective, Rewrite, Seen, Stats
+from smelt.core.errors import DataError, RecipeError
+from smelt.core.method import Codec, Known, Lossless, Method, Objective, Rewrite, Seen
 from smelt.core.recipe import Recipe, Step
-from smelt.core.settings import ramps, resolve
-from smelt.core.store import eat, pack, renew, rest_bytes, store_of
+from smelt.core.settings import ramps
+from smelt.core.store import eat, renew, store_of
 from smelt.core.target import Target, targets
+from smelt.train.group import Group
 from smelt.train.objectives import Objectives
+from smelt.train.processes import Processes
 from smelt.train.saved.acting import Acting
-from smelt.train.slot import Group, Link, Slot, flatten, is_narrow, slot_of, stands_in
-
-# Share of the loop after which a codec that settles (a mask) no longer moves, unless its ramp says otherwise.
-SETTLED = 0.75
+from smelt.train.slot import Link, Slot, flatten, is_narrow, slot_of, stands_in
 
 
 class training:  # noqa: N801  (a verb, used like torch.no_grad)
@@ -64,7 +63,7 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         refresh: share of the loop between two updates of what moves.
         seed: for what is drawn at random.
         tail: lossless codecs with which candidates are priced.
-        mean: of a tensor over the processes that train together, for statistics of gradients.
+        processes: that train together.
         within: path of a module: what stands in it and nowhere else trains, and the forward pass goes through it.
 
     Attributes:
@@ -86,10 +85,10 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         refresh: float = 0.01,
         seed: int = 0,
         tail: Sequence[Lossless] = (),
-        mean: Callable[[Tensor], Tensor] | None = None,
+        processes: Processes | None = None,
         within: str = "",
     ):
-        self._mean, self._within, self.root = mean, within, submodule(model, within)
+        self._processes, self._within, self.root = processes or Processes(None), within, submodule(model, within)
         self.model, self.teacher, self.seed, self.tail = model, teacher, seed, tail
         self.pieces = _pieces(pieces)
         self.steps, self.done = steps, 0
@@ -241,45 +240,15 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
     def _refit(self, *, everything: bool = False, epoch: bool = False, last: bool = False) -> None:
         """Fit the states of what moves: at the start all, later what ramps, each epoch what does not settle."""
         self._objectives.masks.clear()
-        for _, link in self._links() if self._mean is not None else ():
-            link.seen = {name: self._mean(found) for name, found in link.seen.items()}  # type: ignore[misc]
-        t = 1.0 if last else self.progress
-        for group in self._groups:
-            own = group.codec.period()
-            every = own or self._every
-            if not (everything or last or (not own if epoch else every and self.done % every == 0)):
-                continue
-            moving = ramps(group.codec).values()
-            finish = max((r.finish for r in moving), default=SETTLED)
-            window = (every + 1) / self.steps if self.steps else 0.0  # one last fit where the ramp arrives
-            follows = t <= finish + window and not last if group.codec.settles else bool(moving) or epoch or last
-            if not (everything or follows):
-                continue
-            pairs = list(zip(group.slots, group.links, strict=True))
-            seen = {slot.target.name: slot.seen_by(link) for slot, link in pairs}
-            for name, values in seen.items():
-                if not bool(torch.isfinite(values.x).all()):
-                    raise ModelError(f"{name} became NaN or infinite in training, after {self.done} steps")
-            scout = {s.target.name: {**group.statistics[s.target.name], **link.seen} for s, link in pairs}
-            plan = resolve(group.codec, t).plan(seen, scout, lambda e: rest_bytes(pack(e, self.tail)))
-            for slot, link in pairs:
-                name, before = slot.target.name, link.state
-                if before is not None and any(True for _ in before.parameters()) and not group.codec.renews:
-                    continue  # it learns its state
-                link.codec = plan[name]
-                inside = Inside(t, before, dict(link.seen))
-                stats = Stats(seen[name].where, group.statistics[name], seed_of(self.seed, name), inside)
-                link.state = link.codec.fit(seen[name].x, stats)
-                if (fresh := link.codec.restarts(before, link.state)) is not None:
-                    self._restart_values(slot.leaves[slot.carrier or ""], fresh)
-
-    def _restart_values(self, leaf: nn.Parameter, where: Tensor) -> None:
-        """Set entries to 0, and what the optimizer remembers of them."""
-        leaf[where] = 0
-        moments = self.optimizer.state.get(leaf, {}) if self.optimizer is not None else {}
-        for value in moments.values():
-            if isinstance(value, Tensor) and value.shape == leaf.shape:
-                value[where] = 0
+        for _, link in self._links() if self._processes.count > 1 else ():
+            link.seen = {name: self._processes.mean(found) for name, found in link.seen.items()}
+        groups = [
+            g for g in self._groups if everything or g.moves(self.done, self.steps, self._every, epoch=epoch, last=last)
+        ]
+        with self._processes.whole(bool(groups)):
+            for group in groups:
+                for leaf, where in group.fit(1.0 if last else self.progress, self.done, self.seed, self.tail):
+                    self._processes.restart(self.optimizer, leaf, where)
 
     def step(self) -> None:
         """Tell that one optimizer step is done."""
@@ -299,7 +268,8 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
         no loss of the task and no recorded teacher.  `part` tells batches of one optimizer step apart.
         """
         seed = seed_of(self.seed, f"{self.done}/{part}")
-        return self._objectives.prepare(self.model, inputs, labels, self.progress, seed)
+        with self._processes.whole(self._objectives.writes):
+            return self._objectives.prepare(self.model, inputs, labels, self.progress, seed)
 
     def loss(
         self, inputs: Any, outputs: Any, labels: Any = None, hard: Tensor | None = None, guide: Tensor | None = None
@@ -334,13 +304,23 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
             for name, p in activation.state.named_parameters():
                 yield f"{activation.path}/{activation.at}.{name}", p
 
+    def holders(self) -> Iterator[nn.Module]:
+        """Modules that hold all of these besides `root`."""
+        yield from (slot.leaves for slot in self._slots)
+        yield from (link.state for _, link in self._links() if link.state is not None)
+        yield from self._objectives.states().values()
+        yield from (activation.state for activation in store_of(self.model).activations)
+
     def _links(self) -> Iterator[tuple[str, Link]]:
         for slot in self._slots:
             for i, link in enumerate(slot.links):
                 yield f"{slot.target.name}/link{i}", link
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name, as it now is: parameters, buffers, states of links and objectives."""
+        """All that training changes, by name, as it now is: parameters, buffers, states of links and objectives.
+
+        In shares, unless the processes hold it whole.
+        """
         found = {name: p.detach() for name, p in self.named_parameters()}
         found |= dict(self.root.named_buffers())
         for key, link in self._links():
@@ -353,13 +333,15 @@ class training:  # noqa: N801  (a verb, used like torch.no_grad)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of them."""
-        return {name: tensor.clone() for name, tensor in (*self.tensors().items(), *self.saved.state().items())}
+        with self._processes.whole():
+            return {name: tensor.clone() for name, tensor in (*self.tensors().items(), *self.saved.state().items())}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`, in the same context or in one made the same way."""
-        for name, p in self.named_parameters():
-            p.copy_(state[name])
+        with self._processes.whole():
+            for name, p in self.named_parameters():
+                p.copy_(state[name])
         self._objectives.masks.clear()
         self.saved.load(state)
         for name, b in self.root.named_buffers():

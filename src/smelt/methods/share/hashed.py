@@ -20,6 +20,7 @@ from smelt.forms.scaled import Scaled
 
 # Rounds in which values and scales of the rows are fitted in turn, and the change of the error at which they end.
 ROUNDS, TOLERANCE = 50, 1e-6
+LEAST = 1e-3  # of the mean square of scales per value, below which a value does not count in full
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,16 @@ class _Buckets:
         self.count, self.at = count, at.reshape(-1)
 
     def values(self, scale: Tensor) -> Tensor:
-        """[count]: the least-squares values at these scales [rows]; 0 where nothing falls to one."""
+        """[count]: the least-squares values at these scales [rows]; 0 where nothing falls to one.
+
+        A value that only rows with scales of almost 0 share would be huge and say nothing: it is kept small.
+        """
         weight = scale.square()[:, None].expand_as(self.x)
         weight = weight if self.where is None else weight * self.where
         above, minus = self._sums(self.x * scale[:, None])
         below, also = self._sums(weight)
         square = below + also
-        values: Tensor = (above - minus) / square.where(square > 0, 1)
+        values: Tensor = (above - minus) / square.clamp(min=max(LEAST * float(square.mean()), 1e-30))
         return values
 
     def _sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
