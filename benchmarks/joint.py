@@ -51,7 +51,7 @@ VGG = {"depth": 16, "norm": True, "pool": 1, "hidden": [], "classes": 10}
 # bits; published; strengths: share of the parameters cut as channels, zeros, bits; seconds of an epoch on one core
 NETWORKS: dict[str, dict[str, Any]] = {
     "ResNet-20": {
-        "epochs": (0, 1, 4),
+        "epochs": (0, 1, 3),
         "long": (0, 2, 20),
         "lr": 1e-3,
         "edges": ["conv1", "linear"],

@@ -4,12 +4,11 @@
 
     nothing      as the lossy step leaves it
     recover      `recover: {...}` on the step: towards the outputs of the network before, on images without labels
-    labels       the same loop with the labels alone
-    both         the same loop with labels and the network before
+    both         full training: the same loop with labels and the network before
+    --long       labels alone; a tenth of the images without labels, as many times more often
 
-All loops see the same images in the same number of steps; seconds are the loop's CPU time, on one thread of a shared
-machine.  The images are JPEGs, on which the network was trained; 10,000 of them (50,000 with --long) are used here, and
-once a tenth of these, as many times more often.
+All loops see as many images in the same number of steps; seconds are the loop's CPU time, on one thread of a shared
+machine.  The images are JPEGs, on which the network was trained; 10,000 of them (50,000 with --long) are used here.
 Accuracy is taken on the 10,000 test images.
 """
 
@@ -48,9 +47,11 @@ TENTH = "recover, a tenth of the images"
 WAYS: dict[str, dict[str, Any] | None] = {
     "nothing": None,
     "recover": {"recover": LOOP},
+    "both": {"train": LOOP | {"with": [TEACH]}},
+}
+MORE: dict[str, dict[str, Any]] = {
     TENTH: {"recover": LOOP | {"epochs": 10 * EPOCHS}},
     "labels": {"train": LOOP},
-    "both": {"train": LOOP | {"with": [TEACH]}},
 }
 
 
@@ -74,7 +75,7 @@ def cell(lossy: str, way: str, seed: int, folder: str, images: int, test: int | 
     model = network("ResNet-20", path)
     data = _cifar.data(path, CACHE, seed, images // 10 if way == TENTH else images, test, BATCH)
     assert isinstance(data.test, Batches) and isinstance(data.train, Batches)
-    train, step, clock = data.train, WAYS[way], Clock()
+    train, step, clock = data.train, (WAYS | MORE)[way], Clock()
     if step is None or "recover" in step:
         train = Batches(train.inputs, None, BATCH, True, seed, train.transform)
     job = smelt.Job(data=smelt.Data(train=train), teacher=model, seed=seed, latency=False)
@@ -86,7 +87,7 @@ def cell(lossy: str, way: str, seed: int, folder: str, images: int, test: int | 
 
 def grid(args: Any, folder: str) -> list[dict[str, Any]]:
     images, test = (1000, 500) if args.quick else (50000 if args.long else IMAGES, None)
-    lossy, ways = (list(LOSSY)[:1], list(WAYS)[:2]) if args.quick else (LOSSY, WAYS)
+    lossy, ways = (list(LOSSY)[:1], list(WAYS)[:2]) if args.quick else (LOSSY, WAYS | MORE if args.long else WAYS)
     points = [(one, way, seed) for one in lossy for way in ways for seed in range(3 if args.long else 1)]
     return [
         {"lossy": one, "way": way, "seed": seed, "folder": folder, "images": images, "test": test}
