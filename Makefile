@@ -1,5 +1,6 @@
 # make demo    the main job, end to end, on real data
 # make test    the whole suite
+# make test-extras   what exports to OpenVINO, ExecuTorch, LiteRT and from Keras, in an environment of its own (4 GB)
 # make check   lint, format and types
 # make peers   the environments of the libraries that benchmarks compare with
 
@@ -8,13 +9,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format peers clean
+.PHONY: demo test test-extras check format peers clean
 
 demo: $(READY)
 	$(BIN)/smelt demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+EXTRAS := .venv-extras
+
+test-extras: $(EXTRAS)/.ready
+	$(EXTRAS)/bin/python -m pytest -W default -p no:anyio tests/extras
+
+$(EXTRAS)/.ready: pyproject.toml setup.py constraints.txt $(wildcard src/smelt/native/*.[ch])
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,executorch,litert,keras,llm]'
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -45,4 +56,4 @@ benchmarks/.peers/%/.ready: benchmarks/requirements-%.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,12 +57,20 @@ def data_folder(name: str) -> Path | None:
 
 
 def run_cells(
-    name: str, function: Callable[..., Any], cells: Sequence[dict[str, Any]], *, jobs: int, fresh: bool, seconds: float
+    name: str,
+    function: Callable[..., Any],
+    cells: Sequence[dict[str, Any]],
+    *,
+    jobs: int,
+    fresh: bool,
+    seconds: float,
+    apart: bool = False,
 ) -> list[Any]:
     """The results of `function(**cell)` for every cell, from earlier runs where they are kept.
 
     Args:
         seconds: what one cell is expected to take, for the estimate that is printed first.
+        apart: every cell in a process that has done nothing else.
     """
     folder = CACHE / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,8 @@ def run_cells(
     start = time.time()
     if todo:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        tasks = 1 if apart else None
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread, max_tasks_per_child=tasks) as pool:
             futures = {pool.submit(function, **cells[i]): i for i in todo}
             for count, future in enumerate(as_completed(futures), 1):
                 index = futures[future]

@@ -7,6 +7,7 @@
 What is exported here is public; everything else may move.
 """
 
+from smelt.bench import bench as bench
 from smelt.compress import Result as Result
 from smelt.compress import compress as compress
 from smelt.core.data import Batches as Batches
@@ -16,6 +17,7 @@ from smelt.core.edit import Edit as Edit
 from smelt.core.encoded import Encoded as Encoded
 from smelt.core.encoded import Form as Form
 from smelt.core.errors import SmeltError as SmeltError
+from smelt.core.export import export as export
 from smelt.core.job import Job as Job
 from smelt.core.method import Codec as Codec
 from smelt.core.method import Lossless as Lossless
@@ -41,6 +43,8 @@ from smelt.formats.pack import pack as pack
 from smelt.formats.pack import unpack as unpack
 from smelt.formats.smelt import load as load
 from smelt.formats.smelt import save as save
+from smelt.formats.torch import load_fast as load_fast
+from smelt.kernels._fast import fast as fast
 from smelt.models._open import open_model as open_model
 from smelt.sensitivity import sensitivity as sensitivity
 from smelt.train.training import training as training

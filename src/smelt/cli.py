@@ -8,31 +8,32 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.text import Text
 
-from smelt import _cli_measure, _cli_pack, demo
-from smelt._cli_options import Parser, console, model_options, print_json
+from smelt import _cli_deploy, _cli_measure, _cli_pack, demo
+from smelt._cli_options import (
+    Parser,
+    console,
+    data_of,
+    is_file,
+    metric_of,
+    model_options,
+    print_json,
+    say,
+    source_of,
+)
 from smelt.compress import compress
 from smelt.core import shelf
-from smelt.core.data import Data
-from smelt.core.errors import DataError, ModelError, OutputError, SmeltError
+from smelt.core.errors import OutputError, SmeltError
 from smelt.core.job import Job
 from smelt.core.method import Method
-from smelt.core.named import function_at
 from smelt.core.output import check_output
 from smelt.core.recipe import LOOPS, Recipe
-from smelt.core.source import Source
-from smelt.core.store import store_of
 from smelt.core.yaml_text import to_yaml
-from smelt.data._read import open_data
 from smelt.formats import smelt as smelt_file
 from smelt.measure import conditions, measure
-from smelt.measures.accuracy import named
 from smelt.measures.bytes import checkpoint_bytes
-from smelt.models._open import PICKLES, open_model
 from smelt.reports import html, terminal
 from smelt.reports._methods import described
 from smelt.reports._stages import times
@@ -54,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SmeltError as error:
         if args.debug:
             raise
-        _say(" ".join(str(error).split()))
+        say(" ".join(str(error).split()))
         return error.exit_code
     except KeyboardInterrupt:
-        _say(f"interrupted{getattr(args, 'interrupted', '')}")
+        say(f"interrupted{getattr(args, 'interrupted', '')}")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,9 +73,9 @@ def _compress(args: argparse.Namespace) -> None:
         raise OutputError(f"{str(args.output)!r} cannot be both the model and the report")
     recipe = _recipe(args.recipe)
     cache = None if args.no_cache else _cache(args.cache)
-    data, metric = _data(args), _metric(args.metric)
-    source = _source(args.model, args.weights, args)
-    teacher = _source(args.teacher, args.teacher_weights, args, "teacher").module if args.teacher else None
+    data, metric = data_of(args), metric_of(args.metric)
+    source = source_of(args.model, args.weights, args)
+    teacher = source_of(args.teacher, args.teacher_weights, args, "teacher").module if args.teacher else None
     kept = cache is not None and (data is None or data.fingerprint is not None)
     why = "--no-cache" if cache is None else "this data has no fingerprint"
     args.interrupted = (
@@ -113,19 +114,19 @@ def _compress(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     _cli_measure.check(args)
-    source = _source(args.model, args.weights, args)
+    source = source_of(args.model, args.weights, args)
     assert source.module is not None
-    size = Path(args.model).stat().st_size if _is_file(args.model) else None
-    data = _data(args)
+    size = Path(args.model).stat().st_size if is_file(args.model) else None
+    data = data_of(args)
     if args.sensitivity:
         cache = None if args.no_cache else _cache(args.cache)
         args.interrupted = "; nothing was kept" if cache is None else f"; the same command goes on from here ({cache})"
-        job = Job(data, _metric(args.metric), device=args.device, seed=args.seed, cache=cache)
+        job = Job(data, metric_of(args.metric), device=args.device, seed=args.seed, cache=cache)
         return _cli_measure.run(args, source, job)
     rows = measure(
         source.module,
         data,
-        _metric(args.metric),
+        metric_of(args.metric),
         device=args.device,
         latency=not args.no_latency,
         threads=args.threads,
@@ -216,43 +217,6 @@ def _demo(args: argparse.Namespace) -> None:
         print_json({"ratio": report.ratio(), **report.to_plain()})
 
 
-def _is_file(spec: str) -> bool:
-    return spec.endswith(".smelt") or Path(spec).is_file()
-
-
-def _source(spec: str, weights: str | None, args: argparse.Namespace, role: str = "model") -> Source:
-    """What a text names, with its module, on the device."""
-    if Path(spec).suffix in (*PICKLES, ".safetensors"):
-        raise ModelError(f"{spec!r} holds weights; name the model too: lenet --weights {spec}")
-    if _is_file(spec):
-        if weights:
-            raise ModelError(f"{spec!r} has its own weights; take --weights out, or name a builder")
-        module = smelt_file.load(spec, trust=args.trust)
-        held = store_of(module).source or Source()
-        builder, arguments = held.builder, dict(held.arguments)
-    else:
-        torch.manual_seed(getattr(args, "seed", 0))
-        module, builder, arguments = open_model(spec, weights)
-        if not weights and builder in shelf.names("models"):
-            if role == "teacher":
-                raise ModelError(f"teacher {spec!r} knows nothing yet; give --teacher-weights, or a .smelt file")
-            _say(f"note: {builder} has random weights; give --weights FILE")
-    return Source.of(module.eval().to(args.device), builder, arguments)
-
-
-def _data(args: argparse.Namespace) -> Data | None:
-    if args.data is None:
-        return None
-    return open_data(args.data, args.batch_size, args.seed, args.image_size)
-
-
-def _metric(text: str) -> str | Callable[..., Any]:
-    if ":" in text:
-        return function_at(text, DataError)
-    named(text)
-    return text
-
-
 def _recipe(text: str) -> Recipe:
     own = demo.RECIPES / f"{text}.yaml"
     return Recipe.of(own if "/" not in text and not Path(text).exists() and own.is_file() else Path(text))
@@ -272,10 +236,6 @@ def _check_output(path: Path, force: bool) -> None:
     check_output(path, force)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{str(path)!r}: the folder {str(path.parent)!r} is not writable")
-
-
-def _say(text: str) -> None:
-    print(f"smelt: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -330,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--force", action="store_true", help="replace files that exist")
     for name, run in _cli_pack.VERBS.items():
         _cli_pack.options(verb(name, run, _cli_pack.DOES[name]), name)
+    for name, deploy in _cli_deploy.VERBS.items():
+        _cli_deploy.OPTIONS[name](verb(name, deploy, _cli_deploy.DOES[name]))
     return parser
 
 
@@ -343,6 +305,7 @@ EXAMPLES = {
   smelt methods                                           # what there is, side by side
   smelt compress lenet --weights lenet.pt --data mnist.npz --recipe recipe.yaml -o lenet.smelt
   smelt measure lenet.smelt --data mnist.npz
+  smelt export lenet.smelt --to onnx --data mnist.npz     # for a runtime; smelt bench compares them
   smelt pack model.safetensors                            # smaller without loss; smelt unpack restores it
 
 exit codes: 0 done, 2 usage or recipe, 3 model, 4 data, 5 file, 6 output, 130 interrupted""",
@@ -371,6 +334,7 @@ Steps are kept in the cache: the same command goes on after an interruption, an 
   smelt demo
   smelt demo --out /tmp/demo --seed 3 --force""",
     **_cli_pack.EXAMPLES,
+    **_cli_deploy.EXAMPLES,
 }
 
 

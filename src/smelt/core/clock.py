@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -26,12 +26,30 @@ class Spread:
         return f"{self.median:.3g} ms ({self.low:.3g}..{self.high:.3g})"
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How long runs took by the clock on the wall, and how long this process (all of its threads) computed."""
+
+    wall: Spread
+    cpu: Spread
+
+
 def latencies(
     sides: Mapping[str, Callable[[], Any]], repeats: int = 30, warmup: int = 5, threads: int | None = None
 ) -> dict[str, Spread]:
+    """Milliseconds of several callables by the clock on the wall; see `timings`."""
+    return {name: timing.wall for name, timing in timings(sides, repeats, warmup, threads).items()}
+
+
+def timings(
+    sides: Mapping[str, Callable[[], Any]], repeats: int = 30, warmup: int = 5, threads: int | None = None
+) -> dict[str, Timing]:
     """Milliseconds of several callables, one run of each in turn, so that what slows the machine hits all alike.
 
     Each side follows each other as often as it is followed: every second round runs backwards.
+
+    Args:
+        threads: of torch on the CPU, restored afterwards; None = as they are.
 
     Raises:
         RecipeError: a number that is too small.
@@ -40,7 +58,7 @@ def latencies(
         if value is not None and value < least:
             raise RecipeError(f"latency: {name} is {value}; it takes a whole number from {least}")
     before = torch.get_num_threads()
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     try:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -52,17 +70,22 @@ def latencies(
                     times[name].append(taken)
     finally:
         torch.set_num_threads(before)
-    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    spreads = {n: torch.tensor(t, dtype=torch.float64).quantile(quartiles).tolist() for n, t in times.items()}
-    return {n: Spread(median, low, high, repeats, used) for n, (low, median, high) in spreads.items()}
+
+    def spread(taken: Sequence[float]) -> Spread:
+        quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(quartiles).tolist()
+        return Spread(median, low, high, repeats, used)
+
+    return {name: Timing(*(spread(kind) for kind in zip(*taken, strict=True))) for name, taken in times.items()}
 
 
-def _time(call: Callable[[], Any]) -> float:
+def _time(call: Callable[[], Any]) -> tuple[float, float]:
     _wait()
-    start = perf_counter()
+    start, computed = perf_counter(), process_time()
     call()
     _wait()
-    return (perf_counter() - start) * 1000
+    end = process_time()
+    return (perf_counter() - start) * 1000, (end - computed) * 1000
 
 
 def _wait() -> None:

@@ -28,7 +28,7 @@ ELEMENTS, ELEMENTS_PER_BYTE = 1 << 24, 1 << 14
 
 KEYS: dict[str, type] = {
     **{"builder": str, "arguments": dict, "edits": list, "tensors": list, "activations": list},
-    **{"recipe": object, "report": object, "origin": dict},
+    **{"recipe": object, "report": object, "origin": dict, "kernels": dict},
 }
 PIECE = 1 << 24  # bytes
 FRAMEWORKS = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
@@ -146,6 +146,11 @@ class File:
     @property
     def report(self) -> Any:
         return self._meta.get("report")
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """What was measured of kernels for its layers (formats/torch.py)."""
+        return dict(self._meta.get("kernels", {}))
 
     @property
     def nbytes(self) -> int:

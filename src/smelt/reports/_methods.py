@@ -21,7 +21,6 @@ def described(name: str, cls: Any) -> dict[str, Any]:
         cls: a `Method`, or `Train`.
     """
     card = cls.card() if issubclass(cls, Method) else {"does": (cls.__doc__ or "").strip()}
-    settings = [_setting(f) for f in fields(cls)]
     first = next((f for f in fields(cls) if f.default not in (MISSING, None, "")), None)
     line = {name: {first.name: first.default} if first else {}}
     step = {"train": {"epochs": 5, "with": [line]}} if issubclass(cls, Objective) else line
@@ -37,10 +36,15 @@ def described(name: str, cls: Any) -> dict[str, Any]:
     return {
         "kind": next((text for kind, text in kinds.items() if issubclass(cls, kind)), stored),
         "card": card,
-        "settings": settings,
+        "settings": settings_of(cls),
         "words": [_setting(f) for f in fields(Choice) if f.name in WORDS] if chooses else [],
         "example": to_yaml([step]).strip(),
     }
+
+
+def settings_of(cls: Any) -> list[dict[str, str]]:
+    """{name, type, default, range, doc} of every setting of a dataclass of settings."""
+    return [_setting(f) for f in fields(cls)]
 
 
 def _setting(f: Any) -> dict[str, str]:
