@@ -22,9 +22,9 @@ EXTRAS := .venv-extras
 test-extras: $(EXTRAS)/.ready
 	$(EXTRAS)/bin/python -m pytest -W default -p no:anyio tests/extras
 
-$(EXTRAS)/.ready: pyproject.toml setup.py constraints.txt $(wildcard src/smelt/native/*.[ch])
+$(EXTRAS)/.ready: pyproject.toml setup.py constraints-extras.txt $(wildcard src/smelt/native/*.[ch])
 	$(PYTHON) -m venv $(EXTRAS)
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,executorch,litert,keras,llm]'
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-extras.txt --editable '.[test,onnx,openvino,executorch,litert,keras,llm]'
 	touch $@
 
 check: $(READY)

@@ -294,7 +294,7 @@ class _Run:
                 self.found.notes.append(f"batch {size}: {error}")
                 continue
             calls[side.name] = partial(forward, session, inputs)
-        taken = timings(calls, self.repeats, self.warmup) if calls else {}
+        taken = timings(calls, self.repeats, self.warmup, settle=1) if calls else {}
         for side, _ in sessions:
             if side.name in taken:
                 side.timed.append(Timed(size, threads, taken[side.name]))

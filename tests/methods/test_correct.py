@@ -49,6 +49,17 @@ def test_quantized_inputs_are_made_up_for_too() -> None:
         torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_activations_that_work_in_place_change_nothing() -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [m for _ in range(4) for m in (nn.Conv2d(2, 2, 3, padding=1), nn.ReLU6(inplace))]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(72, 5)).eval()
+        found.append(run(model, QUANTIZE, "swap.correct").model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
 def test_batch_norms_take_the_statistics_of_what_they_see_now() -> None:
     model = net(norm=True)
     found = run(model, QUANTIZE, "swap.correct")

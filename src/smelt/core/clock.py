@@ -42,7 +42,11 @@ def latencies(
 
 
 def timings(
-    sides: Mapping[str, Callable[[], Any]], repeats: int = 30, warmup: int = 5, threads: int | None = None
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int = 30,
+    warmup: int = 5,
+    threads: int | None = None,
+    settle: int = 0,
 ) -> dict[str, Timing]:
     """Milliseconds of several callables, one run of each in turn, so that what slows the machine hits all alike.
 
@@ -50,11 +54,18 @@ def timings(
 
     Args:
         threads: of torch on the CPU, restored afterwards; None = as they are.
+        settle: runs of a side just before the one that counts.  With 1, the processor's caches hold what the side has
+            left there, as when it runs by itself; with 0, what the side before it has left.
 
     Raises:
         RecipeError: a number that is too small.
     """
-    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
+    for name, value, least in (
+        ("repeats", repeats, 1),
+        ("warmup", warmup, 0),
+        ("threads", threads, 1),
+        ("settle", settle, 0),
+    ):
         if value is not None and value < least:
             raise RecipeError(f"latency: {name} is {value}; it takes a whole number from {least}")
     before = torch.get_num_threads()
@@ -65,6 +76,8 @@ def timings(
         used = torch.get_num_threads()
         for turn in range(warmup + repeats):
             for name, call in list(sides.items())[:: -1 if turn % 2 else 1]:
+                for _ in range(settle if turn >= warmup else 0):
+                    call()
                 taken = _time(call)
                 if turn >= warmup:
                     times[name].append(taken)

@@ -23,6 +23,9 @@ RULES = Rules(
     products=(aten.matmul.default, aten.bmm.default),
     joins=(*ADDS, aten.cat.default, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default),
 )
+# What OpenVINO calls the settings of `rest`, and where a file holds the one it was written with.
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+HINT = ["runtime_options", "INFERENCE_PRECISION_HINT"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class OpenVINO(Export):
         choices=("stored", "static", "dynamic"),
     )
     range: str = setting("minmax", "range of what is calibrated (activations: static)", choices=RANGES)
+    rest: str = setting(
+        "float32",
+        "in what is computed that is not in integers; bfloat16 is faster where the processor has it",
+        choices=tuple(HINTS),
+    )
 
     def write(self, model: nn.Module, path: Path, given: Given) -> list[str]:
         import openvino as ov
@@ -66,6 +74,12 @@ class OpenVINO(Export):
         made = ov.convert_model(_program(traced))
         made.reshape(_shapes(made, traced))
         _narrow(made, ov)
+        made.set_rt_info(HINTS[self.rest], HINT)
+        if traced.weights or self.rest != "float32":
+            traced.notes.append(
+                f"what is not in integers is computed in {self.rest}: smelt takes that from the file, and OpenVINO by "
+                f"itself where it is given INFERENCE_PRECISION_HINT={HINTS[self.rest]}"
+            )
         ov.save_model(made, path, compress_to_fp16=False)
         path.write_text(re.sub(r">\s+<", "><", path.read_text()))  # indented, it is twice as large
         return traced.notes

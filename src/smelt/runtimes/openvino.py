@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smelt.core.errors import ModelError, RecipeError
 from smelt.core.runtime import Session, needs
+from smelt.formats.openvino import HINT
 
 SUFFIXES = (".xml",)
 
@@ -24,7 +25,8 @@ def parts(path: Path) -> tuple[Path, ...]:
 
 
 def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") -> Session:
-    """A compiled model that computes in float32 what is not in integers (OpenVINO's own choice may be bfloat16).
+    """A compiled model.  What is not in integers is computed as the file says, else in float32 (OpenVINO's own choice
+    may be bfloat16).
 
     Raises:
         RecipeError: another device than the CPU.
@@ -35,13 +37,15 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
         raise ModelError("the runtime openvino runs files; write one with smelt.export(model, 'openvino', path)")
     if device != "cpu":
         raise RecipeError(f"the runtime openvino runs on the device 'cpu' here, not {device!r}")
+    core = ov.Core()
+    model = core.read_model(str(source))
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": model.get_rt_info(HINT).astype(str) if model.has_rt_info(HINT) else "f32",
         "INFERENCE_NUM_THREADS": str(threads),
         "NUM_STREAMS": "1",
         "ENABLE_CPU_PINNING": "NO",
     }
-    return OpenVINOSession(ov.Core().compile_model(str(source), "CPU", settings))
+    return OpenVINOSession(core.compile_model(model, "CPU", settings))
 
 
 class OpenVINOSession(Session):

@@ -135,9 +135,10 @@ class _Fit:
                 self._give("", None, error)
 
     def _give(self, path: str, x: Any, out: Any) -> None:
+        found = (path, *(t.clone() if isinstance(t, Tensor) else t for t in (x, out)))  # what comes may work in place
         while not self.stop.is_set():
             try:
-                return self.given.put((path, x, out), timeout=WAIT)
+                return self.given.put(found, timeout=WAIT)
             except queue.Full:
                 pass
         if path:
