@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core.runtime import Session
+from smelt.formats.openvino import HINT, HINTS
 from smelt.runtimes._torch import TorchSession
 
 Inputs = tuple[Tensor, ...]
@@ -116,7 +117,18 @@ def openvino_fp32(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], f
     return path
 
 
+def openvino_bf16(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder: Path) -> Path:
+    """What OpenVINO does by itself on processors that have bfloat16."""
+    import openvino
+
+    made, path = _openvino(model, inputs), folder / "openvino-bf16.xml"
+    made.set_rt_info(HINTS["bfloat16"], HINT)
+    openvino.save_model(made, path, compress_to_fp16=False)
+    return path
+
+
 def nncf_int8(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder: Path) -> Path:
+    """Int8; in bfloat16 what is not, as OpenVINO does by itself."""
     import nncf
     import openvino
 
@@ -124,6 +136,7 @@ def nncf_int8(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folde
     data = nncf.Dataset(list(batches), lambda batch: [x.numpy() for x in batch])
     kind = nncf.ModelType.TRANSFORMER if attention else None
     made, path = nncf.quantize(_openvino(model, inputs), data, model_type=kind), folder / "nncf.xml"
+    made.set_rt_info(HINTS["bfloat16"], HINT)
     openvino.save_model(made, path, compress_to_fp16=False)
     return path
 
@@ -136,6 +149,7 @@ def _nncf_weights(name: str, mode: str, model: nn.Module, inputs: Inputs, folder
     if "INT4" in mode:
         settings |= {"group_size": 64, "ratio": 1.0}
     made, path = nncf.compress_weights(_openvino(model, inputs), **settings), folder / f"{name}.xml"
+    made.set_rt_info(HINTS["bfloat16"], HINT)
     openvino.save_model(made, path, compress_to_fp16=False)
     return path
 
@@ -174,6 +188,7 @@ FP32: dict[str, tuple[Peer, tuple[str, ...], str]] = {
     "ONNX Runtime": (onnx_fp32, ONNX, "onnxruntime"),
     "OpenVINO": (openvino_fp32, OPENVINO, "openvino"),
 }
+NARROW: dict[str, tuple[Peer, tuple[str, ...], str]] = {"OpenVINO, bfloat16": (openvino_bf16, OPENVINO, "openvino")}
 INT8: dict[str, tuple[Peer, tuple[str, ...], str]] = {
     "ONNX Runtime's quantizer, static": (ort_static, ONNX, "onnxruntime"),
     "ONNX Runtime's quantizer, dynamic": (ort_dynamic, ONNX, "onnxruntime"),
