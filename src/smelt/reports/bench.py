@@ -181,7 +181,12 @@ def _plot(bench: Bench, batch: int, threads: int) -> dict[str, Any]:
     }
     what = bench.metric or "Outputs"
     title = f"{what[:1].upper() + what[1:]} by latency, batch {batch}, {threads} thread{'s' * (threads > 1)}"
-    return {"title": f"{title}; size: bytes of the file", "height": 460, "data": traces, "layout": layout}
+    return {
+        "title": f"{title}; area: bytes of the file, hollow: the original",
+        "height": 460,
+        "data": traces,
+        "layout": layout,
+    }
 
 
 def _finite(side: Side) -> float | None:
