@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from smelt.core.data import forward_or_raise
+from smelt.core.errors import ModelError
 from smelt.core.export import export
-from smelt.core.runtime import runtime
+from smelt.core.runtime import open_session, runtime
 from tests.extras._stored import FOUR, int8, net, round_trip, run, stored
 from tests.formats._nets import KINDS, batches, inputs
 
@@ -74,10 +76,15 @@ def test_any_number_of_samples(tmp_path: Path) -> None:
     model = int8("convolutional")
     one = inputs("convolutional", 1)
     export(model, "openvino", tmp_path / "m.xml", example=one)
-    for n in (1, 3):
+    session = open_session("openvino", tmp_path / "m.xml")
+    for n in (1, 3, 2, 4, 5, 6, 3):  # more than it is compiled for one by one
         x = inputs("convolutional", n)
         with torch.no_grad():
-            assert torch.allclose(run(tmp_path / "m.xml", "openvino", x), model(x), atol=1e-4)
+            assert torch.allclose(session(x), model(x), atol=1e-4)
+    with pytest.raises(ModelError, match="in the runtime"):
+        forward_or_raise(session, torch.ones(1, 7, 8, 8), "in the runtime")
+    with torch.no_grad():
+        assert torch.allclose(session(one), model(one), atol=1e-4)
 
 
 def test_batch_norms_with_negative_factors_turn_codes_around(tmp_path: Path) -> None:
@@ -112,8 +119,6 @@ def test_static_needs_data(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_traced_names_the_module(tmp_path: Path) -> None:
-    from smelt.core.errors import ModelError
-
     class Odd(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * float(x.sum()) if float(x.sum()) > 0 else x

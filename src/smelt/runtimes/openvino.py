@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from smelt.core.runtime import Session, needs
 from smelt.formats.openvino import HINT
 
 SUFFIXES = (".xml",)
+SHAPES = 4  # for which a model is compiled
 
 
 def missing() -> str | None:
@@ -45,18 +46,42 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
         "NUM_STREAMS": "1",
         "ENABLE_CPU_PINNING": "NO",
     }
-    return OpenVINOSession(core.compile_model(model, "CPU", settings))
+    return OpenVINOSession(model, lambda: core.compile_model(model, "CPU", settings))
 
 
 class OpenVINOSession(Session):
-    def __init__(self, compiled: Any):
-        self.compiled = compiled
-        self.request = compiled.create_infer_request()
-        self.names = tuple(port.any_name if port.names else f"input{i}" for i, port in enumerate(compiled.inputs))
-        sizes = [port.partial_shape[0] for port in compiled.inputs if port.partial_shape.rank.get_length()]
+    """A model that takes any number of samples is compiled for each shape of inputs that comes, for which OpenVINO
+    makes faster code; once more than `SHAPES` have come, for all others at once.
+
+    compiled: compiles the model with the shapes that it has now.
+    """
+
+    def __init__(self, model: Any, compiled: Callable[[], Any]):
+        self.model, self.compiled = model, compiled
+        self.free = [port.partial_shape for port in model.inputs]
+        self.requests: dict[tuple[tuple[int, ...], ...] | None, Any] = {}
+        self.names = tuple(port.any_name if port.names else f"input{i}" for i, port in enumerate(model.inputs))
+        sizes = [shape[0] for shape in self.free if shape.rank.get_length()]
         self.batch = sizes[0].get_length() if sizes and all(size.is_static for size in sizes) else None
+        if not model.is_dynamic():
+            self.requests[None] = compiled().create_infer_request()
 
     def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         given = [x.detach().contiguous().numpy() for x in inputs]
-        found = self.request.infer(given, share_inputs=True)
-        return [torch.from_numpy(found[port].copy()) for port in self.compiled.outputs]
+        request = self._request(tuple(x.shape for x in given))
+        found = request.infer(given, share_inputs=True)
+        return [torch.from_numpy(found[port].copy()) for port in request.model_outputs]
+
+    def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        if not self.model.is_dynamic():
+            return self.requests[None]
+        at = shapes if shapes in self.requests or len(self.requests) < SHAPES else None
+        if at not in self.requests:
+            ports = self.model.inputs
+            if at is not None:
+                self.model.reshape(dict(zip(ports, (list(shape) for shape in at), strict=True)))
+            try:
+                self.requests[at] = self.compiled().create_infer_request()
+            finally:
+                self.model.reshape(dict(zip(ports, self.free, strict=True)))
+        return self.requests[at]
