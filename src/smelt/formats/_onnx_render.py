@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from smelt.formats._onnx_trace import DOMAIN, Traced, trace
 from smelt.formats._onnx_weights import Decoder
 from smelt.version import __version__
 
+GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 LARGEST = 2_000_000_000  # bytes that one file holds; beyond, weights stand beside it
 
 Marks = dict[tuple[ir.Node, int], "Grid | str"]
@@ -153,7 +155,23 @@ def _write(
         notes.add("inputs of linear layers are rounded to 8 bits, by block; with level: 1 they are not")
 
 
+def _terse(graph: ir.Graph) -> None:
+    """Short names inside and no shapes, which runtimes find by themselves: a twentieth of a small file."""
+    kept = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    outputs = set(graph.outputs)
+    if any(attribute.type in GRAPHS for node in graph for attribute in node.attributes.values()):
+        return  # what is inside may go by any name
+    names = (name for name in map(str, itertools.count()) if name not in kept)
+    for node in graph:
+        node.name = None
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = value.type = None
+                value.name = next(names) if value.name else value.name  # one that is left out has none
+
+
 def _save(model: ir.Model, path: Path) -> None:
+    _terse(model.graph)
     model.producer_name, model.producer_version = "smelt", __version__
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > LARGEST else None)
