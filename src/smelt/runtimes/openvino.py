@@ -60,6 +60,7 @@ class OpenVINOSession(Session):
         self.model, self.compiled = model, compiled
         self.free = [port.partial_shape for port in model.inputs]
         self.requests: dict[tuple[tuple[int, ...], ...] | None, Any] = {}
+        self.most = SHAPES
         self.names = tuple(port.any_name if port.names else f"input{i}" for i, port in enumerate(model.inputs))
         sizes = [shape[0] for shape in self.free if shape.rank.get_length()]
         self.batch = sizes[0].get_length() if sizes and all(size.is_static for size in sizes) else None
@@ -75,13 +76,16 @@ class OpenVINOSession(Session):
     def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         if not self.model.is_dynamic():
             return self.requests[None]
-        at = shapes if shapes in self.requests or len(self.requests) < SHAPES else None
-        if at not in self.requests:
+        if shapes not in self.requests and len(self.requests) < self.most:
             ports = self.model.inputs
-            if at is not None:
-                self.model.reshape(dict(zip(ports, (list(shape) for shape in at), strict=True)))
             try:
-                self.requests[at] = self.compiled().create_infer_request()
+                self.model.reshape(dict(zip(ports, map(list, shapes), strict=True)))
+                self.requests[shapes] = self.compiled().create_infer_request()
+            except RuntimeError:  # OpenVINO fails on some graphs with loops once their shapes are fixed
+                self.most = 0
             finally:
                 self.model.reshape(dict(zip(ports, self.free, strict=True)))
+        at = shapes if shapes in self.requests else None
+        if at not in self.requests:
+            self.requests[at] = self.compiled().create_infer_request()
         return self.requests[at]
