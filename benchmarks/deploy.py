@@ -66,16 +66,17 @@ def _everywhere(recipe: list[dict[str, Any]], label: str, to: Sequence[str], **s
     return [(f"{label}, {name}", recipe, name, settings) for name in to]
 
 
-ALL = ("onnx", "openvino", "executorch", "litert", "torch")
+RUNTIMES = ("onnx", "openvino", "executorch", "litert")
+ALL = (*RUNTIMES, "torch")
 NARROW = {"activations": "static", "rest": "bfloat16"}
 CONV = [
     *_everywhere(CONV8, "int8", ALL, activations="static"),
     *_everywhere(CONV8, "int8 and bfloat16", ("openvino",), **NARROW),
 ]
 DENSE = [
-    *_everywhere(INT8, "int8", ALL, activations="static"),
+    *_everywhere(INT8, "int8", RUNTIMES, activations="static"),
     *_everywhere(INT8, "int8 and bfloat16", ("openvino",), **NARROW),
-    *_everywhere(INT8, "dynamic int8", ("onnx", "torch"), activations="dynamic"),
+    *_everywhere(INT8, "dynamic int8", ("onnx", "torch"), activations="dynamic", rounds=True),
 ]
 DECODER = [
     *_everywhere(INT8, "weights in 8 bits", ("onnx", "openvino", "torch")),
