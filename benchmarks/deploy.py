@@ -102,7 +102,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """targets: of rows by the end of their label."""
+    """targets: of rows by the start of their label.
+
+    narrow: whether OpenVINO runs the original in bfloat16; version 2026.4.1 divides by zero while it compiles decoders
+    so, which ends the process.
+    """
 
     build: Callable[[Path | None, bool], Built]
     ours: list[Way]
@@ -111,6 +115,7 @@ class Case:
     size: float = 0.28
     targets: tuple[tuple[str, str], ...] = ()
     needs: str = ""  # folder of the data
+    narrow: bool = True
 
 
 def scenes(count: int, seed: int) -> Tensor:
@@ -269,12 +274,12 @@ CASES = {
     "ResNet-20": Case(partial(_cifar_network, "ResNet-20"), CONV, STATIC, "accuracy, %", needs="resnet_cifar10"),
     "ResNet-56": Case(partial(_cifar_network, "ResNet-56"), CONV, STATIC, "accuracy, %", needs="resnet_cifar10"),
     "llama-bytes, 256 tokens": Case(
-        partial(_llama_bytes, 256), DECODER, [*DYNAMIC, *WEIGHTS], "perplexity", needs=LLAMA
+        partial(_llama_bytes, 256), DECODER, [*DYNAMIC, *WEIGHTS], "perplexity", needs=LLAMA, narrow=False
     ),
-    "llama-bytes, 1 token": Case(partial(_llama_bytes, 1), DECODER, [*DYNAMIC, *WEIGHTS], needs=LLAMA),
-    "decoder, 97 M parameters, 128 tokens": Case(partial(_decoder, 128), DECODER, [*DYNAMIC, *WEIGHTS]),
+    "llama-bytes, 1 token": Case(partial(_llama_bytes, 1), DECODER, [*DYNAMIC, *WEIGHTS], needs=LLAMA, narrow=False),
+    "decoder, 97 M parameters, 128 tokens": Case(partial(_decoder, 128), DECODER, [*DYNAMIC, *WEIGHTS], narrow=False),
     "decoder, 97 M parameters, 1 token": Case(
-        partial(_decoder, 1), DECODER, [*DYNAMIC, *WEIGHTS], targets=(("best", ">= 5.5 x"),)
+        partial(_decoder, 1), DECODER, [*DYNAMIC, *WEIGHTS], targets=(("best", ">= 5.5 x"),), narrow=False
     ),
     "recommender, batch 32": Case(_recommender, DENSE, [*STATIC, *DYNAMIC], "accuracy, %"),
 }  # fmt: skip
@@ -323,7 +328,11 @@ def cell(name: str, quick: bool, folder: str | None) -> Any:
         given = built.model, built.inputs, built.batches, there
         if not quick:
             sides.add("torch.compile", lambda: built.model, "compiled")
-        chosen = {**peers.FP32, **peers.NARROW, **{k: v for k, v in peers.INT8.items() if k in case.peers}}
+        chosen = {
+            **peers.FP32,
+            **(peers.NARROW if case.narrow else {}),
+            **{k: v for k, v in peers.INT8.items() if k in case.peers},
+        }
         for label, (make, modules, name_of) in chosen.items():
             if why := peers.missing(modules):
                 sides.failed[label] = why
