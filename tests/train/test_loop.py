@@ -121,6 +121,14 @@ def test_own_loaders_have_no_held_out_split(data: Data) -> None:
     assert notes == ["train kept the last epoch: a loader of your own needs Data(valid=...) to select on"]
 
 
+def test_without_labels_the_last_epoch_is_kept() -> None:
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    teacher = step(**{"with": [{"distill.logits": {"alpha": 0.0}}]})
+    for given in (Data(train=Batches(x)), Data(train=Batches(x), valid=Batches(x)), Data(train=[x], valid=[(x, None)])):
+        notes = fit(mlp(), teacher, Loop(given, teacher=mlp()))
+        assert notes == ["train kept the last epoch: there are no labels to select on"]
+
+
 def test_ties_do_not_feed_patience(data: Data) -> None:
     notes = fit(mlp(), step(epochs=5, patience=2), Loop(data, score=lambda *_: 1.0))
     assert notes == ["train stopped after epoch 3: no better for 2 epochs"]
