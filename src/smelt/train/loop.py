@@ -370,14 +370,15 @@ def _split(data: Data, act: Train, seed: int) -> tuple[Any, Any, list[str]]:
         raise DataError(f"{act.name} needs training data; give Job(data=...) or --data with a split 'train'")
     if (act.keep == "last" and act.patience is None) or not (data.valid or act.hold_out):
         return data.train, None, []
-    if data.valid is None and type(data.train) is not Batches:
+    own = data.train if type(data.train) is Batches else None
+    if data.valid is None and own is None:
         why = "a loader of your own needs Data(valid=...) to select on"
     elif batch(next(iter(data.valid or data.train), (0, 0)))[1] is None:
         why = "there are no labels to select on"
     elif data.valid is not None:
         return data.train, data.valid, []
-    else:
-        return *data.train.split(act.hold_out, seed), []
+    elif own is not None:
+        return *own.split(act.hold_out, seed), []
     return data.train, None, [f"{act.name} kept the last epoch: {why}"]
 
 
