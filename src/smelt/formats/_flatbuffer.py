@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from smelt.formats._affine import Grid
 
 BLOCK = 32  # blocks of 4-bit codes are multiples of so many
 HYBRID = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")  # kernels that take codes beside floating inputs
-VERSIONS = {"DEQUANTIZE": 5, "RESHAPE": 1}  # the first that does what is asked of them here
+VERSIONS = {"QUANTIZE": 1, "DEQUANTIZE": 5, "RESHAPE": 1, "SLICE": 1, "TRANSPOSE": 1}  # that do what is asked of them
 
 
 class File:
@@ -103,16 +104,17 @@ class File:
         users = [(operation, name) for owner, operation, name in self.operations() if owner is graph]
         users = [(operation, name) for operation, name in users if at in list(operation.inputs)]
         takes = [operation for operation, name in users if self._takes(graph, operation, name, at, grid)]
+        several, made = grid.scale.shape[1] > 1, None
         if takes:
-            made = (
-                self._blocks(graph, at, grid) if grid.scale.shape[1] > 1 else self._rows(graph, at, grid, shape, layout)
-            )
+            made = self._blocks(graph, at, grid) if several else self._rows(graph, at, grid, shape, layout)
             for operation in takes:
                 operation.inputs = [made if int(i) == at else int(i) for i in operation.inputs]
-        if len(takes) < len(users):
+        if len(takes) == len(users):
+            graph.tensors[at].buffer = 0  # nothing uses it
+        elif several or made is None:
             self._back(graph, at, grid, shape, layout)
         else:
-            graph.tensors[at].buffer = 0  # nothing uses it
+            self._run_first(graph, at, [("DEQUANTIZE", [], [])], made)
 
     def _takes(self, graph: Any, operation: Any, name: str, at: int, grid: Grid) -> bool:
         if len(operation.inputs) < 2 or int(operation.inputs[1]) != at or bool(grid.zero.any()):
@@ -146,28 +148,50 @@ class File:
         return len(graph.tensors) - 1
 
     def _back(self, graph: Any, at: int, grid: Grid, shape: torch.Size, layout: tuple[int, ...]) -> None:
-        """Codes -> DEQUANTIZE (-> RESHAPE where a row has several scales) -> the tensor that was a constant."""
-        old, kinds = graph.tensors[at], self.schema.TensorType
-        several = grid.scale.shape[1] > 1
-        ordered = grid.codes.reshape(shape).permute(layout)
-        rows = grid.codes.reshape(-1, grid.run) if several else ordered.reshape([int(n) for n in old.shape])
-        move = 128 if int(grid.codes.max()) > 127 else 0
-        codes = self._tensor(graph, list(rows.shape), kinds.INT8)
-        codes.buffer = self._buffer((rows - move).to(torch.int8).contiguous().numpy())
-        codes.quantization = self._scales(grid.scale, grid.zero - move, 0 if several else _channels(old, layout))
-        source = len(graph.tensors) - 1
-        old.buffer = 0
-        if several:
-            values = self._tensor(graph, list(rows.shape), kinds.FLOAT32)
-            steps = [self._operation("RESHAPE", [len(graph.tensors) - 1, self._shape(graph, old)], at)]
-            steps.insert(0, self._operation("DEQUANTIZE", [source], graph.tensors.index(values)))
+        """Codes -> DEQUANTIZE -> where a row has several scales, moves into place -> the tensor that was a constant."""
+        old = graph.tensors[at]
+        final = [int(n) for n in old.shape]
+        if grid.scale.shape[1] > 1:
+            rows, scale, zero = _groups(grid)
+            steps: list[tuple[str, list[int], list[Any]]] = [("DEQUANTIZE", list(rows.shape), [])]
+            count, columns = grid.codes.shape
+            if rows.numel() > grid.codes.numel():
+                width = rows.numel() // count
+                steps.append(("RESHAPE", [count, width], [[count, width]]))
+                steps.append(("SLICE", [count, columns], [[0, 0], [count, columns]]))
+            if layout != tuple(range(len(shape))):
+                steps.append(("RESHAPE", list(shape), [list(shape)]))
+                steps.append(("TRANSPOSE", [shape[i] for i in layout], [layout]))
+            if steps[-1][1] != final:
+                steps.append(("RESHAPE", final, [final]))
+            dimension = 0
         else:
-            steps = [self._operation("DEQUANTIZE", [source], at)]
-        graph.operators = [*steps, *graph.operators]
+            rows, scale, zero = grid.codes.reshape(shape).permute(layout).reshape(final), grid.scale, grid.zero
+            steps, dimension = [("DEQUANTIZE", final, [])], _channels(old, layout)
+        move = 128 if int(rows.max()) > 127 else 0
+        codes = self._tensor(graph, list(rows.shape), self.schema.TensorType.INT8)
+        codes.buffer = self._buffer((rows - move).to(torch.int8).contiguous().numpy())
+        codes.quantization = self._scales(scale, zero - move, dimension)
+        self._run_first(graph, at, steps, len(graph.tensors) - 1)
 
-    def _shape(self, graph: Any, tensor: Any) -> int:
-        made = self._tensor(graph, [len(tensor.shape)], self.schema.TensorType.INT32)
-        made.buffer = self._buffer(np.array(tensor.shape, np.int32))
+    def _run_first(self, graph: Any, at: int, steps: list[tuple[str, list[int], list[Any]]], source: int) -> None:
+        """Let a tensor be what operations make of `source`, one after the other: (name, shape of its output, constants
+        that it takes)."""
+        made: list[Any] = []
+        for name, size, given in steps:
+            constants = [self._constant(graph, values) for values in given]
+            target = at
+            if len(made) < len(steps) - 1:
+                self._tensor(graph, size, self.schema.TensorType.FLOAT32)
+                target = len(graph.tensors) - 1
+            made.append(self._operation(name, [source, *constants], target))
+            source = target
+        graph.tensors[at].buffer = 0
+        graph.operators = [*made, *graph.operators]
+
+    def _constant(self, graph: Any, values: Any) -> int:
+        made = self._tensor(graph, [len(values)], self.schema.TensorType.INT32)
+        made.buffer = self._buffer(np.array(values, np.int32))
         return len(graph.tensors) - 1
 
     def _operation(self, name: str, inputs: list[int], output: int) -> Any:
@@ -223,11 +247,40 @@ class File:
                 else:
                     kept.append(operation)
             graph.operators = kept
-            graph.inputs = [moved.get(int(i), int(i)) for i in graph.inputs]
-            graph.outputs = [moved.get(int(i), int(i)) for i in graph.outputs]
-            for signature in self.model.signatureDefs or ():
-                if signature.subgraphIndex == at:
-                    for entry in (*signature.inputs, *signature.outputs):
+            self._move(at, moved, moved)
+
+    def floating_ends(self) -> None:
+        """Round at the inputs and outputs that are codes: the file takes and gives values.  Converters leave that
+        out."""
+        for at, graph in enumerate(self.model.subgraphs):
+            inputs = {int(i): self._values_of(graph, int(i)) for i in graph.inputs if self._coded(graph, int(i))}
+            outputs = {int(i): self._values_of(graph, int(i)) for i in graph.outputs if self._coded(graph, int(i))}
+            first = [self._operation("QUANTIZE", [values], codes) for codes, values in inputs.items()]
+            last = [self._operation("DEQUANTIZE", [codes], values) for codes, values in outputs.items()]
+            graph.operators = [*first, *graph.operators, *last]
+            self._move(at, inputs, outputs)
+
+    def _coded(self, graph: Any, at: int) -> bool:
+        tensor = graph.tensors[at]
+        scaled = tensor.quantization is not None and tensor.quantization.scale is not None
+        return scaled and tensor.type == self.schema.TensorType.INT8
+
+    def _values_of(self, graph: Any, at: int) -> int:
+        """A floating tensor of the same shape and name."""
+        codes = graph.tensors[at]
+        made = self._tensor(graph, list(codes.shape), self.schema.TensorType.FLOAT32)
+        made.name, codes.name = codes.name, b""
+        return len(graph.tensors) - 1
+
+    def _move(self, at: int, inputs: dict[int, int], outputs: dict[int, int]) -> None:
+        """Let other tensors be the inputs and outputs."""
+        graph = self.model.subgraphs[at]
+        graph.inputs = [inputs.get(int(i), int(i)) for i in graph.inputs]
+        graph.outputs = [outputs.get(int(i), int(i)) for i in graph.outputs]
+        for signature in self.model.signatureDefs or ():
+            if signature.subgraphIndex == at:
+                for side, moved in ((signature.inputs, inputs), (signature.outputs, outputs)):
+                    for entry in side:
                         entry.tensorIndex = moved.get(int(entry.tensorIndex), int(entry.tensorIndex))
 
 
@@ -240,6 +293,17 @@ def _layouts(shape: torch.Size) -> list[tuple[int, ...]]:
 def _channels(tensor: Any, layout: tuple[int, ...]) -> int:
     """The dimension of a constant in the file that was dimension 0."""
     return 0 if layout[0] == 0 else len(tensor.shape) - 1
+
+
+def _groups(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [groups, size], scale and zero of each; the last group of a row is filled up where it is shorter."""
+    runs = grid.scale.shape[1]
+    new = (grid.scale[:, 1:] != grid.scale[:, :-1]) | (grid.zero[:, 1:] != grid.zero[:, :-1])
+    step = math.gcd(*(int(i) + 1 for i in new.any(0).nonzero())) or runs
+    size = step * grid.run
+    short = -grid.codes.shape[1] % size
+    codes = torch.nn.functional.pad(grid.codes, (0, short)).reshape(-1, size)
+    return codes, grid.scale[:, ::step].reshape(-1), grid.zero[:, ::step].reshape(-1)
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

@@ -234,7 +234,8 @@ def insert(traced: Traced, wanted: Mapping[fx.Node, set[fx.Node] | None], grids:
             back = graph.call_function(
                 quantized.dequantize_per_tensor.default, (codes, r.scale, r.zero, r.low, r.high, r.dtype)
             )
-        codes.meta, back.meta = ({"nn_module_stack": node.meta.get("nn_module_stack")} for _ in range(2))
+        codes.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+        back.meta = {**codes.meta, **({"val": node.meta["val"]} if "val" in node.meta else {})}
         for user in list(node.users) if users is None else users:
             if user is not codes:
                 user.replace_input_with(node, back)

@@ -17,6 +17,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # declares quantized_decomposed
 from torch import Tensor, fx, nn
 
+from smelt.core.data import samples
 from smelt.formats._affine import Grid
 
 aten = torch.ops.aten
@@ -140,6 +141,11 @@ class Traced:
                 for name in [n for n in kind if (f"{path}.{n}" if path else n) not in used]:
                     del kind[name]
         self.graph.recompile()
+
+    def fixed(self) -> str:
+        """A note on the number of samples, for formats that fix it."""
+        count = samples(self.inputs or self.named)
+        return f"the file takes {count} sample(s) at once, as the example does; other numbers need a file of their own"
 
     def exported(self) -> torch.export.ExportedProgram:
         """The graph as a program for inputs of exactly the example's shapes."""

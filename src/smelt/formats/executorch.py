@@ -15,6 +15,7 @@ from smelt.core.settings import setting
 from smelt.formats._rounding import ADDS, Rules, lift, round_all
 from smelt.formats._trace import trace
 from smelt.formats._traced import CONVOLUTIONS, LAYERS, Traced, Weight, arguments, aten, quantized
+from smelt.formats._xnnpack import plain
 from smelt.grids.calibrated import RANGES
 
 RULES = Rules(
@@ -22,6 +23,7 @@ RULES = Rules(
     joins=(*ADDS, aten.cat.default, aten.mean.dim, aten.avg_pool2d.default),
     ties=(aten.cat.default,),
 )
+OF_WEIGHTS = (quantized.dequantize_per_channel.default, quantized.dequantize_per_channel_group.default)
 GROUP = 32  # groups of 4-bit weights are multiples of so many
 
 
@@ -55,13 +57,15 @@ class ExecuTorch(Export):
         round_all(traced, RULES, traced.per_row, batches, self.range)
         _look_up(traced)
         _write_weights(traced)
+        plain(traced)
+        _copy_shared(traced)
         program = to_edge_transform_and_lower(
             traced.exported(),
             partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
         path.write_bytes(program.to_executorch().buffer)
-        return traced.notes
+        return [*traced.notes, traced.fixed()]
 
 
 def _look_up(traced: Traced) -> None:
@@ -110,6 +114,18 @@ def _write_weights(traced: Traced) -> None:
             f"XNNPACK has no integer kernel for {', '.join(left)} as stored; written as dense values"
             " (activations=static with data gives convolutions one)"
         )
+
+
+def _copy_shared(traced: Traced) -> None:
+    """A dequantization for each who takes from it: XNNPACK's partitions join all that share one, which is a cycle where
+    others lie between, as the layers of a residual block do between what enters it and its sum."""
+    graph = traced.graph.graph
+    for node in traced.nodes(quantized.dequantize_per_tensor.default, *OF_WEIGHTS):
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                own = graph.node_copy(node)
+            user.replace_input_with(node, own)
+    traced.graph.recompile()
 
 
 def _kind(traced: Traced, node: fx.Node) -> str:

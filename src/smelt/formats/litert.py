@@ -89,8 +89,10 @@ class LiteRT(Export):
                     f"integer: {', '.join(floating)} would run in floating point; store the weights of every layer "
                     "in 8 bits per channel, and take out what LiteRT has no integer kernel for"
                 )
+        else:
+            file.floating_ends()
         path.write_bytes(file.content())
-        return traced.notes
+        return [*traced.notes, traced.fixed()]
 
 
 def _codes(traced: Traced, weight: Weight, node: fx.Node) -> fx.Node | None:
