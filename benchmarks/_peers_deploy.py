@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core.runtime import Session
-from smelt.formats.openvino import HINT, HINTS
+from smelt.formats.openvino import HINT, HINTS, package
 from smelt.runtimes._torch import TorchSession
 
 Inputs = tuple[Tensor, ...]
@@ -104,14 +104,12 @@ def ort_int4(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder
 
 
 def _openvino(model: nn.Module, inputs: Inputs) -> Any:
-    import openvino
-
+    openvino = package()
     return openvino.convert_model(model, example_input=inputs, input=[tuple(x.shape) for x in inputs])
 
 
 def openvino_fp32(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder: Path) -> Path:
-    import openvino
-
+    openvino = package()
     path = folder / "openvino-fp32.xml"
     openvino.save_model(_openvino(model, inputs), path, compress_to_fp16=False)
     return path
@@ -119,8 +117,7 @@ def openvino_fp32(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], f
 
 def openvino_bf16(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder: Path) -> Path:
     """What OpenVINO does by itself on processors that have bfloat16."""
-    import openvino
-
+    openvino = package()
     made, path = _openvino(model, inputs), folder / "openvino-bf16.xml"
     made.set_rt_info(HINTS["bfloat16"], HINT)
     openvino.save_model(made, path, compress_to_fp16=False)
@@ -129,8 +126,8 @@ def openvino_bf16(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], f
 
 def nncf_int8(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folder: Path) -> Path:
     """Int8; in bfloat16 what is not, as OpenVINO does by itself."""
+    openvino = package()
     import nncf
-    import openvino
 
     attention = any(isinstance(m, nn.LayerNorm) for m in model.modules())
     data = nncf.Dataset(list(batches), lambda batch: [x.numpy() for x in batch])
@@ -142,8 +139,8 @@ def nncf_int8(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], folde
 
 
 def _nncf_weights(name: str, mode: str, model: nn.Module, inputs: Inputs, folder: Path) -> Path:
+    openvino = package()
     import nncf
-    import openvino
 
     settings = {"mode": getattr(nncf.CompressWeightsMode, mode)}
     if "INT4" in mode:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,12 @@ def test_the_rest_can_be_bfloat16(tmp_path: Path) -> None:
     assert errors[0] < errors[1] < 0.03
     with torch.no_grad():
         assert run(tmp_path / "bfloat16.xml", "openvino", x).dtype == model(x).dtype
+
+
+def test_nothing_is_reported() -> None:
+    code = "from smelt.formats.openvino import package; package(); import sys; print(sys.modules['openvino_telemetry'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "None"
 
 
 def test_static_needs_data(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +52,7 @@ class OpenVINO(Export):
     )
 
     def write(self, model: nn.Module, path: Path, given: Given) -> list[str]:
-        import openvino as ov
-
+        ov = package()
         inputs = given.inputs("to trace the model")
         traced = trace(model, inputs, self.name)
         if self.activations == "dynamic":
@@ -84,6 +84,15 @@ class OpenVINO(Export):
         ov.save_model(made, path, compress_to_fp16=False)
         path.write_text(re.sub(r">\s+<", "><", path.read_text()))  # indented, it is twice as large
         return traced.notes
+
+
+def package() -> Any:
+    """OpenVINO, without the module by which it reports each use to its makers, from a new process each time; it does
+    without where that is missing.  One that was imported before stays as it is."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 def _constant(traced: Traced, weight: Weight) -> fx.Node:

@@ -40,7 +40,7 @@ class TorchSession(Session):
         if before != self.threads:
             torch.set_num_threads(self.threads)
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 found = tuple(tensors(self.call(*inputs, **named)))
         finally:
             if before != self.threads:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smelt.core.errors import ModelError, RecipeError
 from smelt.core.runtime import Session, needs
-from smelt.formats.openvino import HINT
+from smelt.formats.openvino import HINT, package
 
 SUFFIXES = (".xml",)
 SHAPES = 4  # for which a model is compiled
@@ -32,13 +32,11 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     Raises:
         RecipeError: another device than the CPU.
     """
-    import openvino as ov
-
     if isinstance(source, nn.Module):
         raise ModelError("the runtime openvino runs files; write one with smelt.export(model, 'openvino', path)")
     if device != "cpu":
         raise RecipeError(f"the runtime openvino runs on the device 'cpu' here, not {device!r}")
-    core = ov.Core()
+    core = package().Core()
     model = core.read_model(str(source))
     settings = {
         "INFERENCE_PRECISION_HINT": model.get_rt_info(HINT).astype(str) if model.has_rt_info(HINT) else "f32",
