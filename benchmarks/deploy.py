@@ -262,6 +262,7 @@ def _text(build: Callable[[Path | None, bool], Built], int4: list[dict[str, Any]
         *_everywhere(INT8, "dynamic int8", ("onnx", "executorch", "litert"), activations="dynamic"),
         *_everywhere(int4, "weights in 4 bits", ("onnx", "openvino", "torch")),
         *_everywhere(int4, "weights in 4 bits and bfloat16", ("openvino",), rest="bfloat16"),
+        *_everywhere(int4, "dynamic int8, weights in 4 bits", ("executorch", "litert"), activations="dynamic"),
     ]
     return Case(build, ways, [*DYNAMIC, *WEIGHTS], narrow=False, **more)
 
