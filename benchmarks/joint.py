@@ -12,8 +12,9 @@ then coding: every file is entropy-coded, and `packed` is the last one with its 
 Three strengths.  Every size is that of the written file, everything in it counted, against the fp32 checkpoint of the
 network before (`x`); every error is that of the file, loaded again, on the 10,000 test images.  That batch norms stay
 was chosen on held-out training images, in runs of 50 steps of ResNet-20, and there, too, after one epoch of each step
-of `middle`, the rate (1e-3, better than 3e-3); the network before had seen these images.  The strengths are guesses.  Nothing is selected after the last epoch.
-`trained as long` is the network before, guided and trained for as many epochs.
+of `middle`, the rate (1e-3, better than 3e-3); the network before had seen these images.  The strengths are
+guesses.  Nothing is selected after the last epoch. `trained as long` is the network before, guided and trained for as
+many epochs.
 
 VGG-16 with batch norm is trained here first.  It is used where torch finds a GPU, and with --long; elsewhere it is the
 much smaller ResNet-20 (272,474 parameters against 14,728,266), whose ratios do not compare with those published for
