@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,31 +15,18 @@ import smelt
 from smelt import cli
 from smelt.core import shelf
 from smelt.formats.smelt import load
+from tests._cli import Out, Smelt, called
 
 MODEL = "lenet(size=8, kernel=3, padding=1, channels=(4, 6), hidden=16)"
 SHORT = [{"prune.weights": {"ratio": 0.5}}, {"share.kmeans": {"clusters": 16}}, {"code.huffman": {}}]
 TRAINED = [{"train": {"epochs": 1, "with": [{"prune.weights": {"ratio": 0.5}}]}}, {"code.bits": {}}]
 
 
-class Out(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Smelt = Callable[..., Out]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Smelt:
     monkeypatch.setenv("SMELT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-    def call(*argv: object) -> Out:
-        code = cli.main([str(a) for a in argv])
-        return Out(code, *capsys.readouterr())
-
-    return call
+    return partial(called, capsys)
 
 
 def one_line(done: Out, code: int, *words: str) -> None:

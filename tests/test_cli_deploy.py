@@ -1,10 +1,10 @@
 """`smelt export` and `smelt bench`: what they print, write and refuse."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import smelt
-from smelt import cli
 from smelt.core import shelf
 from smelt.core.export import Export, Given
 from smelt.core.report import Row
 from smelt.core.settings import setting
+from tests._cli import Out, Smelt, called
 
 MODEL = "lenet300(inputs=64, hidden=(48, 32))"
 
@@ -39,25 +39,11 @@ class Sums(Export):
         return ["biases are as they were"]
 
 
-class Out(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Smelt = Callable[..., Out]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Smelt:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(shelf._registered.setdefault("formats", {}), "sums", __name__)
-
-    def call(*argv: object) -> Out:
-        code = cli.main([str(a) for a in argv])
-        return Out(code, *capsys.readouterr())
-
-    return call
+    return partial(called, capsys)
 
 
 @pytest.fixture

@@ -59,6 +59,21 @@ def needs(modules: Sequence[str], extra: str) -> str | None:
     return f"{', '.join(absent)} not installed; pip install 'smelt[{extra}]'" if absent else None
 
 
+def file_of(name: str, source: str | Path | nn.Module) -> Path:
+    """The file that a runtime is to open.  Raises ModelError: it is a module, which this one does not run."""
+    if isinstance(source, nn.Module):
+        raise ModelError(f"the runtime {name} runs files; export the module first: smelt.export(model, ..., path)")
+    return Path(source)
+
+
+def file_on_cpu(name: str, source: str | Path | nn.Module, device: str) -> Path:
+    """The same for a runtime that computes on the CPU alone.  Raises RecipeError: another device."""
+    path = file_of(name, source)
+    if device != "cpu":
+        raise RecipeError(f"the runtime {name} runs on the device 'cpu' here, not {device!r}")
+    return path
+
+
 def runtime(name: str) -> ModuleType:
     """The runtime of a name.  Raises RecipeError where there is none, with the nearest."""
     return shelf.module("runtimes", name)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smelt.core.errors import ModelError, RecipeError
-from smelt.core.runtime import Session, needs
+from smelt.core.runtime import Session, file_on_cpu, needs
 
 SUFFIXES = (".pte",)
 
@@ -28,13 +27,10 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    if isinstance(source, nn.Module):
-        raise ModelError("the runtime executorch runs files; write one with smelt.export(model, 'executorch', path)")
-    if device != "cpu":
-        raise RecipeError(f"the runtime executorch runs on the device 'cpu' here, not {device!r}")
+    path = file_on_cpu("executorch", source, device)
     if hasattr(portable_lib, "_unsafe_reset_threadpool"):
         portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(Path(source).read_bytes())
+    program = Runtime.get().load_program(path.read_bytes())
     return ExecuTorchSession(program, program.load_method("forward"))
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smelt.core.errors import ModelError, RecipeError
-from smelt.core.runtime import Session, needs
+from smelt.core.runtime import Session, file_on_cpu, needs
 
 SUFFIXES = (".tflite",)
 
@@ -27,11 +26,8 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     """
     from ai_edge_litert.interpreter import Interpreter
 
-    if isinstance(source, nn.Module):
-        raise ModelError("the runtime litert runs files; write one with smelt.export(model, 'litert', path)")
-    if device != "cpu":
-        raise RecipeError(f"the runtime litert runs on the device 'cpu' here, not {device!r}")
-    return LiteRTSession(Interpreter(model_path=str(source), num_threads=threads))
+    path = file_on_cpu("litert", source, device)
+    return LiteRTSession(Interpreter(model_path=str(path), num_threads=threads))
 
 
 class LiteRTSession(Session):

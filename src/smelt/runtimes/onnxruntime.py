@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smelt.core.errors import ModelError
-from smelt.core.runtime import Session, needs
+from smelt.core.runtime import Session, file_of, needs
 
 SUFFIXES = (".onnx",)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -28,8 +28,7 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     """
     import onnxruntime
 
-    if isinstance(source, nn.Module):
-        raise ModelError("ONNX Runtime runs files; export the module first: smelt.export(model, 'onnx', 'model.onnx')")
+    path = file_of("onnxruntime", source)
     wanted = PROVIDERS.get(device.partition(":")[0], device)
     if wanted not in onnxruntime.get_available_providers():
         raise ModelError(f"the installed ONNX Runtime does not run on {device!r}; it has no {wanted}")
@@ -37,7 +36,7 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
-    return _Session(onnxruntime.InferenceSession(str(source), options, providers=[wanted]), device)
+    return _Session(onnxruntime.InferenceSession(str(path), options, providers=[wanted]), device)
 
 
 def parts(path: str | Path) -> tuple[Path, ...]:

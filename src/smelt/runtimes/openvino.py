@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smelt.core.errors import ModelError, RecipeError
-from smelt.core.runtime import Session, needs
+from smelt.core.runtime import Session, file_on_cpu, needs
 from smelt.formats.openvino import HINT, package
 
 SUFFIXES = (".xml",)
@@ -32,12 +31,9 @@ def open(source: str | Path | nn.Module, threads: int = 1, device: str = "cpu") 
     Raises:
         RecipeError: another device than the CPU.
     """
-    if isinstance(source, nn.Module):
-        raise ModelError("the runtime openvino runs files; write one with smelt.export(model, 'openvino', path)")
-    if device != "cpu":
-        raise RecipeError(f"the runtime openvino runs on the device 'cpu' here, not {device!r}")
+    path = file_on_cpu("openvino", source, device)
     core = package().Core()
-    model = core.read_model(str(source))
+    model = core.read_model(str(path))
     settings = {
         "INFERENCE_PRECISION_HINT": model.get_rt_info(HINT).astype(str) if model.has_rt_info(HINT) else "f32",
         "INFERENCE_NUM_THREADS": str(threads),
